@@ -1,0 +1,1 @@
+"""What travels in the Bento: text in, vectors out. No torch, no MLflow, no Prefect in here."""

@@ -1,0 +1,97 @@
+"""Every error that the server answers on purpose, each with its code and HTTP status.
+
+ServeError
+├── InvalidRequestError   422  the body is JSON but not what the route takes
+├── MalformedBodyError    400  the body is not JSON, or not UTF-8
+├── UnsupportedMediaError 415  the body is declared as something else than JSON
+├── TooLargeError         413  more bytes or texts than one request may carry
+├── TextTooLongError      422  a text is longer than the model takes, and `on_overflow` is `error`
+├── UnknownModelError     404  the version that was asked for is not served here
+├── SpaceMismatchError    409  the caller expects vectors of another space
+├── OverloadedError       429  the queue is full
+└── NotReadyError         503  the model did not load, or its vectors are wrong
+LunchboxError             a lunchbox that is incomplete, altered or of an unknown layout
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ServeError(Exception):
+    """Base of the errors that become `{"error": {"code", "message", "details"?}}`."""
+
+    code = "internal"
+    status = 500
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class InvalidRequestError(ServeError):
+    """The body is JSON but not what the route takes."""
+
+    code = "invalid_request"
+    status = 422
+
+
+class MalformedBodyError(ServeError):
+    """The body is not JSON, or not UTF-8."""
+
+    code = "malformed_body"
+    status = 400
+
+
+class UnsupportedMediaError(ServeError):
+    """The body is declared as something else than JSON."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class TooLargeError(ServeError):
+    """More bytes or texts than one request may carry."""
+
+    code = "too_large"
+    status = 413
+
+
+class TextTooLongError(ServeError):
+    """A text is longer than the model takes, and the request asked for an error instead of truncation."""
+
+    code = "text_too_long"
+    status = 422
+
+
+class UnknownModelError(ServeError):
+    """The version that was asked for is not served here."""
+
+    code = "unknown_model"
+    status = 404
+
+
+class SpaceMismatchError(ServeError):
+    """The caller expects vectors of another space than those made here."""
+
+    code = "space_mismatch"
+    status = 409
+
+
+class OverloadedError(ServeError):
+    """The queue is full: try again after a moment."""
+
+    code = "overloaded"
+    status = 429
+
+
+class NotReadyError(ServeError):
+    """The model did not load, or its vectors are wrong."""
+
+    code = "not_ready"
+    status = 503
+
+
+class LunchboxError(Exception):
+    """A lunchbox that is incomplete, altered or of an unknown layout."""
