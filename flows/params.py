@@ -1,0 +1,216 @@
+"""What a run is: every parameter with its default, bound, unit and meaning.
+
+These classes feed the `ekiben` command (`--params FILE`, `--set section.key=value`), the form of the Prefect UI,
+MLflow, and docs/configuration.md. Where a run happens (addresses, folders) is in flows/settings.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PAIR_COLUMNS = ("text_a", "text_b", "score")
+LossName = Literal["auto", "cosine_similarity", "cosent", "angle", "multiple_negatives_ranking"]
+DEFAULT_BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Section(BaseModel):
+    """A group of parameters: immutable, and an unknown key is an error instead of a silent typo."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataParams(Section):
+    """Which texts and labels, and how they are split. Files are CSV, Parquet or JSON Lines at any fsspec address."""
+
+    pairs: str | None = Field(None, description="Scored pairs for training: columns `text_a`, `text_b`, `score`.")
+    dev: str | None = Field(None, description="Pairs for model choice and calibration; without it, split off `pairs`.")
+    test: str | None = Field(None, description="Held-out pairs for the final figures; without it, split off `pairs`.")
+    retrieval: str | None = Field(
+        None, description="Folder in BEIR layout: `corpus.jsonl`, `queries.jsonl`, `qrels/{train,dev,test}.tsv`."
+    )
+    profiles: str | None = Field(None, description="Table of profiles: `id` and any text columns.")
+    judgements: str | None = Field(None, description="Table of graded judgements: `query`, `profile_id`, `relevance`.")
+    data_rev: str | None = Field(
+        None, description="Git revision of the DVC repository to read local data files at; default: the working tree."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our column name -> the name in your files, e.g. `{text_a: sentence1, score: label}`.",
+    )
+    score_min: float = Field(
+        0.0, allow_inf_nan=False, description="Score in the files that means 'nothing in common' (mapped to 0)."
+    )
+    score_max: float = Field(
+        1.0, allow_inf_nan=False, description="Score in the files that means 'the same' (mapped to 1)."
+    )
+    profile_template: str | None = Field(
+        None,
+        description="How a profile becomes `profile_text`, e.g. `{title}. {summary} Skills: {skills}`; "
+        "without it all text columns are joined in file order.",
+    )
+    dev_fraction: float = Field(
+        0.15, gt=0, lt=0.5, description="Share of rows split off for dev when no file is given."
+    )
+    test_fraction: float = Field(
+        0.15, gt=0, lt=0.5, description="Share of rows split off for test when no file is given."
+    )
+    split_seed: int = Field(13, ge=0, description="Seed of the group split.")
+    duplicates: Literal["merge", "refuse"] = Field(
+        "merge", description="The same pair twice: keep one row with the mean score, or refuse the file."
+    )
+    leaks: Literal["drop", "refuse"] = Field(
+        "drop",
+        description="A text of the test or dev file that also stands in an earlier split: drop the row from the "
+        "earlier split (never from test), or refuse.",
+    )
+    max_shared_pairs: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="With `leaks: drop`: refuse all the same when more than this share of a held-out file's pairs "
+        "stands in the training file too.",
+    )
+    min_train_rows: int = Field(32, ge=1, description="Fewer training rows than this are refused.")
+    min_eval_rows: int = Field(16, ge=2, description="Fewer dev or test rows than this are refused.")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> DataParams:
+        if not self.score_max > self.score_min:
+            raise ValueError(
+                f"score_max ({self.score_max}) must be above score_min ({self.score_min}); for labels 0..5 set 0 and 5"
+            )
+        return self
+
+
+class TrainParams(Section):
+    """One candidate: a base model and how it is fine-tuned."""
+
+    base_model: str = Field(
+        DEFAULT_BASE_MODEL,
+        description="A local folder, a hub id, or the name of a packaged model, which is taken from its package.",
+    )
+    loss: LossName = Field(
+        "auto",
+        description="`auto`: cosine similarity for scored pairs, multiple negatives ranking for retrieval data.",
+    )
+    learning_rate: float = Field(2e-5, gt=0, le=1e-2, description="Peak of the linear schedule with 10 % warm-up.")
+    steps: int = Field(60, ge=1, le=100_000, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=2, le=1024, description="Pairs a step.")
+    max_tokens: int = Field(
+        128, ge=8, le=8192, description="Longer texts are cut to this many tokens, in training and in serving."
+    )
+    freeze_embeddings: bool = Field(True, description="Keep the word embeddings as they are: cheaper, as good.")
+    layers: int | None = Field(
+        None, ge=1, description="Keep this many transformer layers, evenly spread; default: all."
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, dropout and new weights.")
+    max_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="Wall-clock budget of the fit in minutes; checked between steps, the model so far is kept.",
+    )
+
+
+class EvaluateParams(Section):
+    """How a candidate is scored."""
+
+    tolerance: float = Field(
+        0.15, gt=0, lt=1, description="`accuracy` is the share of pairs with |score error| below it."
+    )
+    positive_score: float = Field(
+        0.5, gt=0, lt=1, description="Labels at or above it count as 'similar' when the decision threshold is fitted."
+    )
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples of the paired bootstrap.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the bootstrap interval.")
+    batch_size: int = Field(32, ge=1, le=1024, description="Texts a batch while scoring.")
+
+
+class FloatRange(Section):
+    """A range of real numbers, ends included."""
+
+    low: float = Field(description="Smallest value.")
+    high: float = Field(description="Largest value.")
+    log: bool = Field(False, description="Sample on a logarithmic scale.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FloatRange:
+        if self.low > self.high or (self.log and self.low <= 0):
+            raise ValueError(f"needs low <= high (and low > 0 when log), found low={self.low}, high={self.high}")
+        return self
+
+
+class SearchSpace(Section):
+    """What the study may choose from. A list is a set of choices; `{low, high, log}` is a range."""
+
+    base_model: list[str] = Field(
+        default_factory=lambda: [
+            DEFAULT_BASE_MODEL,
+            "sentence-transformers/all-mpnet-base-v2",
+            "sentence-transformers/paraphrase-MiniLM-L6-v2",
+        ],
+        min_length=1,
+        description="Base models; those that cannot be had on this machine are named once and left out.",
+    )
+    learning_rate: FloatRange = Field(
+        default_factory=lambda: FloatRange(low=1e-5, high=8e-5, log=True), description="Learning rate."
+    )
+    steps: list[int] = Field(default_factory=lambda: [30, 60, 90, 120], min_length=1, description="Optimizer steps.")
+    batch_size: list[int] = Field(default_factory=lambda: [16, 32, 64], min_length=1, description="Pairs a step.")
+    loss: list[LossName] = Field(default=["auto"], min_length=1, description="Losses.")
+    max_tokens: list[int] = Field(default_factory=lambda: [64, 128], min_length=1, description="Tokens a text.")
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> SearchSpace:
+        """What the study draws must be allowed in `train`: told now, not after an hour of trials."""
+        for name, choice in self:
+            for value in (choice.low, choice.high) if isinstance(choice, FloatRange) else choice:
+                try:
+                    TrainParams.model_validate({name: value})
+                except ValidationError as error:
+                    raise ValueError(f"{name} {value}: {error.errors()[0]['msg']}, as in train.{name}") from None
+        return self
+
+
+class TuneParams(Section):
+    """The budget and the space of the study."""
+
+    trials: int = Field(6, ge=1, le=10_000, description="Finished trials at which the study ends.")
+    minutes: float = Field(
+        4.0,
+        gt=0,
+        description="Wall-clock budget in minutes of one call. The first trial always runs; a later one that would not "
+        "fit into what is left is not started.",
+    )
+    min_improvement: float = Field(
+        0.002,
+        ge=0,
+        description="A candidate replaces the first one (the `train` parameters as given) only when its dev metric is "
+        "higher by at least this much: smaller differences are noise.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampler.")
+    space: SearchSpace = Field(default_factory=SearchSpace, description="What may be chosen.")
+
+
+class ReleaseParams(Section):
+    """What a candidate must prove before it ships."""
+
+    min_cosine: float = Field(
+        0.9999, gt=0, le=1, description="Parity with sentence-transformers and of a batch with its singles, at least."
+    )
+    min_gain: float = Field(
+        0.0,
+        allow_inf_nan=False,
+        description="The test metric must exceed the base model's by at least this much (negative: may fall below).",
+    )
+
+
+class Params(Section):
+    """Everything: the sections of a params file."""
+
+    data: DataParams = Field(default_factory=DataParams)
+    train: TrainParams = Field(default_factory=TrainParams)
+    evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
+    tune: TuneParams = Field(default_factory=TuneParams)
+    release: ReleaseParams = Field(default_factory=ReleaseParams)
