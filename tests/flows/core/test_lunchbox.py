@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from bentos.engine import Engine
+from bentos.errors import LunchboxError
+from bentos.lunchbox import open_lunchbox
+from bentos.manifest import Calibration, DataVersion, read_manifest, verify_files
+from bentos.text import apply_prompt
+from bentos.vectors import cosine_pairs, normalize
+from flows.core.card import find_licence
+from flows.core.edge_texts import CANARY_TEXTS, EDGE_TEXTS
+from flows.core.gates import run_gates
+from flows.core.lunchbox import ReleaseFacts, pack_lunchbox
+from flows.errors import CertificationError
+from flows.params import ReleaseParams
+from tests.factories import TINY_RUN_ID, make_tiny_lunchbox
+
+FACTS = ReleaseFacts(
+    name="ekiben",
+    version="1",
+    run_id=TINY_RUN_ID,
+    data=DataVersion(path="data/pairs.csv", md5="0cc175b9c0f1b6a831c399e269772661", revision="v7"),
+    base_model="tiny",
+    git_commit="8843d7f92416211de9ebb963ff4ce28125932878",
+    metrics={"eval/spearman": 0.84, "base/spearman": 0.82, "gain/spearman": 0.02, "gain/low": 0.01, "gain/high": 0.03},
+    params={"train.learning_rate": 2e-5},
+    calibration=Calibration(cosines=[0.0, 1.0], scores=[0.1, 0.9]),
+    decision_threshold=0.4321,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "other weights": {"seed": 1},
+    "cls and dense": {"pooling": "cls", "dense_dim": 16},
+    "max and layer norm": {"pooling": "max", "layer_norm": True},
+    "last token, raw, prompts": {
+        "pooling": "lasttoken",
+        "normalize": False,
+        "prompts": {"query": "query: "},
+        "default_prompt": "query",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("variants")
+    return {
+        name: make_tiny_lunchbox(folder / str(number), **options)
+        for number, (name, options) in enumerate(VARIANTS.items())
+    }
+
+
+@pytest.fixture
+def box(tiny_lunchbox_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_lunchbox_path, tmp_path / "boxes" / "1"))
+
+
+def age_of(box: Path) -> int:
+    return (box / "manifest.json").stat().st_mtime_ns
+
+
+def test_a_packed_box_opens_and_its_canary_sings(tiny_lunchbox_path: Path, tiny_model_path: Path) -> None:
+    box = open_lunchbox(tiny_lunchbox_path)
+    assert set(box.manifest.files) | {"manifest.json"} == {path.name for path in tiny_lunchbox_path.iterdir()}
+    assert box.find_deviation(box.engine.embed(box.canary.texts)) is None
+    reference = SentenceTransformer(str(tiny_model_path), device="cpu").encode(box.canary.texts)
+    np.testing.assert_allclose(box.canary.vectors, reference, atol=1e-5)
+    assert tuple(box.canary.texts) == CANARY_TEXTS
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_model_serves_the_vectors_of_sentence_transformers(name: str, variants: dict[str, Path]) -> None:
+    manifest = read_manifest(variants[name])
+    model = SentenceTransformer(str(variants[name].with_name(f"{variants[name].name}-model")), device="cpu")
+    engine = Engine(variants[name], manifest)
+    texts = [text.strip() for text in EDGE_TEXTS]
+    for prompt in ("", *filter(None, manifest.prompts.values())):
+        reference = model.encode(texts, prompt=prompt)
+        served = engine.embed([apply_prompt(text, prompt) for text in texts])
+        np.testing.assert_allclose(served, reference, atol=1e-4)
+    assert manifest.dim == reference.shape[1] == (16 if name == "cls and dense" else 32)
+    assert manifest.normalize == VARIANTS[name].get("normalize", True)
+    assert manifest.prompts == ({"query": "query: ", "document": ""} if "prompts" in VARIANTS[name] else {})
+    assert manifest.default_prompt == VARIANTS[name].get("default_prompt")
+    assert (
+        cosine_pairs(normalize(engine.embed(texts, normalize=False)), engine.embed(texts, normalize=True)).min()
+        > 0.9999
+    )
+
+
+def test_every_kind_of_model_has_a_space_of_its_own(variants: dict[str, Path], tiny_lunchbox_path: Path) -> None:
+    boxes = [tiny_lunchbox_path, *variants.values()]
+    assert len({read_manifest(box).space_id for box in boxes}) == len(boxes)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp32.onnx", "tokenizer.json", "canary.json", "certificate.json", "MODEL_CARD.md"]
+)
+def test_an_altered_file_does_not_verify(name: str, box: Path) -> None:
+    with (box / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(LunchboxError, match=name):
+        verify_files(box, read_manifest(box))
+
+
+def test_packing_the_same_run_again_does_nothing(box: Path, tiny_model_path: Path) -> None:
+    before = age_of(box)
+    manifest = pack_lunchbox(tiny_model_path, box, FACTS, min_cosine=0.9999)
+    assert manifest == read_manifest(box)
+    assert age_of(box) == before
+
+
+def test_a_broken_box_is_packed_anew_in_the_same_space(box: Path, tiny_model_path: Path) -> None:
+    old = read_manifest(box)
+    (box / "model.fp32.onnx").write_bytes(b"half a mod")
+    report = run_gates(FACTS.metrics, ReleaseParams(), candidate="ekiben:1-01234567")
+    new = pack_lunchbox(tiny_model_path, box, dataclasses.replace(FACTS, report=report), min_cosine=0.9999)
+    verify_files(box, read_manifest(box))
+    assert new.space_id == old.space_id
+    assert new.files["model.fp32.onnx"] == old.files["model.fp32.onnx"]
+    assert [path.name for path in box.parent.iterdir()] == [box.name]
+    card = (box / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for fact in (
+        "ekiben:1-01234567", "| spearman | 0.8200 | 0.8400 | +0.0200 |", "+0.0100 to +0.0300", "data/pairs.csv", "`v7`",
+        FACTS.data.md5, str(FACTS.git_commit), new.space_id, "train.learning_rate", "0.4321", "smallest cosine",
+        "| quality | passed |",
+    ):  # fmt: skip
+        assert fact in card
+    assert json.loads((box / "certificate.json").read_text())["thresholds"]["min_cosine"] == 0.9999
+
+
+def test_a_refused_box_leaves_nothing_and_the_old_one_stays(box: Path, tiny_model_path: Path) -> None:
+    before = age_of(box)
+    other_run = dataclasses.replace(FACTS, version="2", run_id="f" * 32)
+    with pytest.raises(CertificationError, match="below 1"):
+        pack_lunchbox(tiny_model_path, box, other_run, min_cosine=1.0)
+    assert age_of(box) == before
+    assert [path.name for path in box.parent.iterdir()] == [box.name]
+
+
+def test_the_licence_is_what_the_model_or_its_base_declares(tmp_path: Path, tiny_model_path: Path) -> None:
+    assert find_licence(tmp_path, "sentence-transformers/all-MiniLM-L6-v2") == "apache-2.0"
+    assert find_licence(tmp_path, "no such model at all") is None
+    assert find_licence(tiny_model_path, str(tiny_model_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model", encoding="utf-8")
+    assert find_licence(tmp_path, "sentence-transformers/all-MiniLM-L6-v2") == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    assert find_licence(tmp_path, "no such model at all") is None

@@ -1,0 +1,166 @@
+"""How a study is kept: its name, its storage, and what happens to trials whose process is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import sqlalchemy
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from flows.core.studies import (
+    GRACE_S,
+    OWNER,
+    close_stale_trials,
+    heartbeat,
+    open_study,
+    quiet_optuna,
+    sign_trial,
+    study_name,
+    to_distributions,
+    values_inside,
+)
+from flows.errors import ParamsError
+from flows.params import FloatRange, SearchSpace, TrainParams
+
+SPACE = SearchSpace(base_model=["a"])
+
+
+def test_everything_that_makes_values_comparable_is_in_the_name() -> None:
+    base = TrainParams()
+    names = [
+        study_name(SPACE, "spearman", "d" * 32, base),
+        study_name(SPACE.model_copy(update={"steps": [30]}), "spearman", "d" * 32, base),
+        study_name(
+            SPACE.model_copy(update={"learning_rate": FloatRange(low=1e-5, high=1e-4)}), "spearman", "d" * 32, base
+        ),
+        study_name(SPACE, "ndcg_at_10", "d" * 32, base),
+        study_name(SPACE, "spearman", "e" * 32, base),
+        study_name(SPACE, "spearman", "d" * 32, TrainParams(seed=1)),
+    ]
+    assert len(set(names)) == len(names)
+    assert study_name(SearchSpace(base_model=["a"]), "spearman", "d" * 32, TrainParams()) == names[0]
+    assert names[0].startswith("spearman-dddddddd-")
+
+
+@given(
+    steps=st.integers(1, 200),
+    choices=st.lists(st.integers(1, 200), min_size=1),
+    rate=st.floats(1e-6, 1e-2),
+    ends=st.tuples(st.floats(1e-6, 1e-2), st.floats(1e-6, 1e-2)),
+)
+def test_only_what_the_space_could_draw_counts_as_inside(
+    steps: int, choices: list[int], rate: float, ends: tuple[float, float]
+) -> None:
+    space = SearchSpace(steps=choices, learning_rate=FloatRange(low=min(ends), high=max(ends), log=True))
+    inside = values_inside(TrainParams(steps=steps, learning_rate=rate), to_distributions(space))
+    assert ("steps" in inside) == (steps in choices)
+    assert ("learning_rate" in inside) == (min(ends) <= rate <= max(ends))
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_a_study_is_found_again(tmp_path: Path, kind: str) -> None:
+    storage: Any = tmp_path / "new" / "journal.log" if kind == "journal" else f"sqlite:///{tmp_path}/new/studies.db"
+    with quiet_optuna():
+        open_study(storage, name="one").ask()
+    assert len(open_study(storage, name="one").trials) == 1
+    assert open_study(storage, name="two").trials == []
+    assert open_study(storage, name="one").direction == optuna.study.StudyDirection.MAXIMIZE
+
+
+@pytest.mark.parametrize(
+    ("storage", "problem"),
+    [
+        ("nonsense://host/db", "nonsense"),
+        ("sqlite:////proc/nowhere/studies.db", "nowhere"),
+        ("mssql+pymssql://user:secret@host/db", "import DB access module"),
+        ("://", "cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_refused(storage: str, problem: str) -> None:
+    with pytest.raises(ParamsError, match=problem) as caught:
+        open_study(storage, name="one")
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"op_code":4,"worker_id":"x', b"{}x"])
+def test_a_journal_whose_last_line_was_cut_goes_on(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "journal.log"
+    open_study(path, name="one").ask()
+    with path.open("ab") as file:
+        file.write(rest)
+    study = open_study(path, name="one")
+    study.ask()
+    assert len(open_study(path, name="one").trials) == 2
+
+
+def test_a_damaged_journal_is_refused_with_a_cure(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    path.write_text("not a journal\n" * 3)
+    with pytest.raises(ParamsError, match="move a damaged one away"):
+        open_study(path, name="one")
+
+
+def own_start() -> float:
+    return float(psutil.Process().create_time())
+
+
+def gone_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize(
+    ("owner", "is_stale"),
+    [
+        (lambda: {"host": socket.gethostname(), "pid": os.getpid(), "started": own_start()}, False),
+        (lambda: {"host": socket.gethostname(), "pid": os.getpid(), "started": own_start() - 3600}, True),
+        (lambda: {"host": socket.gethostname(), "pid": gone_pid(), "started": own_start()}, True),
+        (lambda: {"host": "elsewhere", "pid": gone_pid(), "started": 0.0}, False),
+        (lambda: None, False),
+    ],
+    ids=["this process", "same number, other process", "gone", "other host", "unsigned"],
+)
+def test_only_trials_of_processes_that_are_gone_are_closed(tmp_path: Path, owner: Any, is_stale: bool) -> None:
+    study = open_study(tmp_path / "journal.log", name="one")
+    done, trial = study.ask(), study.ask()
+    study.tell(done, 0.5)
+    trial.set_user_attr(OWNER, owner())
+    assert close_stale_trials(study) == int(is_stale)
+    expected = TrialState.FAIL if is_stale else TrialState.RUNNING
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, expected]
+    assert close_stale_trials(study) == 0
+
+
+def test_in_a_database_a_trial_of_another_host_is_closed_when_its_heartbeat_stops(tmp_path: Path) -> None:
+    study = open_study(f"sqlite:///{tmp_path}/studies.db", name="one")
+    with quiet_optuna():
+        trial = study.ask()
+    trial.set_user_attr(OWNER, {"host": "elsewhere", "pid": 1, "started": 0.0})
+    with heartbeat(study, trial):
+        pass
+    assert close_stale_trials(study) == 0
+    with sqlalchemy.create_engine(f"sqlite:///{tmp_path}/studies.db").begin() as connection:
+        moved = sqlalchemy.text(
+            f"UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-{GRACE_S + 60} seconds')"
+        )
+        assert connection.execute(moved).rowcount == 1
+    assert close_stale_trials(study) == 1
+
+
+def test_a_signed_trial_is_of_this_process(tmp_path: Path) -> None:
+    study = open_study(tmp_path / "journal.log", name="one")
+    sign_trial(study.ask())
+    assert study.trials[0].user_attrs[OWNER]["pid"] == os.getpid()
+    assert close_stale_trials(study) == 0

@@ -1,0 +1,99 @@
+"""The same calls against a real MLflow server, which keeps the artifacts itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from bentos.manifest import DataVersion
+from flows.core.tracking import Tracker
+from flows.errors import NothingReleasedError
+
+TEXTS = ["the quick brown fox", "a train station"]
+START_TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "store"),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not answers(f"{uri}/health"):
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.5)
+            yield uri
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # the group of this server: it was started as one of its own
+            process.wait(timeout=30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.mark.slow
+def test_a_run_goes_to_a_server_and_its_model_comes_back(server: str, tiny_model_path: Path, tmp_path: Path) -> None:
+    tracker = Tracker(server, experiment="over http", model_name="ekiben", artifact_root=tmp_path / "unused")
+    with pytest.raises(NothingReleasedError):
+        tracker.version("champion")
+    model = SentenceTransformer(str(tiny_model_path), device="cpu")
+    data = DataVersion(path="data/pairs.csv", md5="d" * 32, revision=None)
+
+    parent = tracker.start_run("tune")
+    run_id = tracker.start_run(
+        "trial", parent_run_id=parent, tags={"primary_metric": "spearman", "data_md5": data.md5, "git_commit": "abc"}
+    )
+    tracker.log_params(run_id, {"train": {"steps": 60}, "long": "x" * 9000})
+    model_id = tracker.log_model(run_id, model, example=TEXTS)
+    dataset = tracker.log_dataset(run_id, data, context="training")
+    tracker.log_metrics(run_id, {"dev/spearman": 0.8}, model_id=model_id, dataset=dataset)
+    version = tracker.register(run_id, model_id)
+    assert tracker.register(run_id, model_id) == version == "1"
+    tracker.promote(version, tags={"bento_tag": "b"})
+    tracker.promote(version, tags={})
+    tracker.end_run(run_id)
+
+    champion = tracker.champion()
+    assert champion is not None
+    assert (champion.version, champion.run_id, champion.aliases) == ("1", run_id, ("champion",))
+    assert champion.tags["bento_tag"] == "b"
+    assert tracker.version(run_id[:8]) == tracker.best_version() == champion
+    record = tracker.find_run(run_id)
+    assert (record.status, record.metrics, record.params["train.steps"]) == ("FINISHED", {"dev/spearman": 0.8}, "60")
+    assert tracker.download_artifact(run_id, "long_params.json", tmp_path).is_file()
+    loaded = SentenceTransformer(str(tracker.download_model(run_id, tmp_path / "models")), device="cpu")
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert not (tmp_path / "unused").exists()
