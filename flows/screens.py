@@ -1,0 +1,186 @@
+"""What the `ekiben` command shows: lines that can be copied as they are, made from results and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from flows.core.lineage import Lineage
+from flows.core.serving import local_url
+from flows.settings import FlowSettings
+
+if TYPE_CHECKING:
+    from flows.train import TrainResult
+    from flows.tune import TuneResult
+
+SHOWN_METRICS = ("spearman", "pearson", "mae", "accuracy", "ndcg_at_10", "mrr_at_10", "recall_at_10")
+GAIN_ENDS = ("gain/low", "gain/high")
+
+
+def trained(result: TrainResult, settings: FlowSettings) -> Text:
+    """The end of `ekiben train`."""
+    return _screen(
+        f"Trained: version {result.version}",
+        _facts({"MLflow run": f"{result.run_id} in {settings.mlflow_uri}"}),
+        _scores(result.metrics),
+        _next_steps(result, settings),
+    )
+
+
+def tuned(result: TuneResult, settings: FlowSettings) -> Text:
+    """The end of `ekiben tune`: the best parameters and what they give."""
+    best = ", ".join(f"{name} {_value(value)}" for name, value in result.best_params.items())
+    facts = {
+        "study": f"{result.study}, {result.finished_trials} finished trials, ended by {result.ended_by}",
+        "best": best,
+        "MLflow run": f"{result.run_id} in {settings.mlflow_uri}",
+    }
+    return _screen(
+        f"Tuned: version {result.version}", _facts(facts), _scores(result.metrics), _next_steps(result, settings)
+    )
+
+
+def released(lineage: Lineage, settings: FlowSettings) -> Text:
+    """What was released, and where everything is kept."""
+    title = f"Released: {lineage.bento_tag} is the {' and '.join(lineage.aliases) or 'released version'}"
+    return _screen(title, _lineage_facts(lineage, settings), _scores(lineage.metrics))
+
+
+def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log: Path) -> Text:
+    """The closing screen of `ekiben up` and `ekiben serve`."""
+    url = local_url(host, port)
+    prefect_home = shlex.quote(_short(settings.home_path / "prefect"))
+    commands = {
+        "vectors": curl(url, "encode", '{"texts": ["senior Go developer", "barista"]}'),
+        "similarity": curl(url, "similarity", '{"a": ["senior Go developer"], "b": ["backend engineer", "barista"]}'),
+        "the API's page, in a browser": url,
+        "the runs, with metrics and plots": mlflow_command(settings),
+        "the flows, with progress and gates": f"PREFECT_HOME={prefect_home} {_program('prefect')} server start",
+        "the same Bento, without Ekiben": bento_command(lineage, settings),
+        "your own data: text_a, text_b, score 0..1 (docs/data.md)": (
+            f"{_program('ekiben')} pipeline --pairs my_pairs.csv"
+        ),
+    }
+    title = f"Ready: {url} serves {lineage.bento_tag}. Ctrl-C ends it; its log is {_short(log)}"
+    return _screen(title, _scores(lineage.metrics), ["Try, in another terminal:"], _commands(commands))
+
+
+def lineage(found: Lineage, settings: FlowSettings) -> Text:
+    """`ekiben status --version V`: the whole way back."""
+    return _screen(f"Version {found.version}", _lineage_facts(found, settings), _scores(found.metrics))
+
+
+def versions(found: list[Lineage], settings: FlowSettings) -> Text:
+    """`ekiben status`: every version, newest first."""
+    if not found:
+        return Text(f"nothing is registered yet in {settings.mlflow_uri}; `ekiben up` starts with the sample data")
+    head = ("version", "alias", "metric", "base", "tuned", "created (UTC)", "Bento")
+    rows = [
+        (
+            item.version,
+            ", ".join(item.aliases) or "-",
+            item.primary_metric,
+            _number(item.base_score),
+            _number(item.score),
+            item.created_at[:16].replace("T", " "),
+            item.bento_tag or "not released",
+        )
+        for item in found
+    ]
+    return Text("\n".join(_align([head, *rows])))
+
+
+def mlflow_command(settings: FlowSettings) -> str:
+    """How to open MLflow's pages on the runs."""
+    if settings.mlflow_uri.startswith("http"):
+        return settings.mlflow_uri
+    return f"{_program('mlflow')} ui --backend-store-uri {shlex.quote(settings.mlflow_uri)}"
+
+
+def bento_command(lineage: Lineage, settings: FlowSettings) -> str:
+    """How to serve the Bento without Ekiben, from any folder."""
+    command = f"{Path(sys.executable).with_name('bentoml')} serve {lineage.bento_tag}"
+    own = settings.bento_store_path == Path.home() / "bentoml"
+    return command if own else f"BENTOML_HOME={shlex.quote(str(settings.bento_store_path))} {command}"
+
+
+def curl(url: str, route: str, body: str) -> str:
+    """A request to try."""
+    return f"curl -s {url}/{route} -H 'content-type: application/json' -d '{body}'"
+
+
+def _next_steps(result: TrainResult, settings: FlowSettings) -> list[str]:
+    release = f"{_program('ekiben')} release --run {result.version}"
+    return ["Next:", *_commands({"look at the run": mlflow_command(settings), "release it": release})]
+
+
+def _lineage_facts(item: Lineage, settings: FlowSettings) -> list[str]:
+    revision = f", revision {item.data_rev}" if item.data_rev else ""
+    return _facts(
+        {
+            "version": f"{item.version} ({', '.join(item.aliases)})" if item.aliases else item.version,
+            "Bento": f"{item.bento_tag} in {_short(settings.bento_store_path)}" if item.bento_tag else "not released",
+            "space": item.space_id or "-",
+            "MLflow run": f"{item.run_id} in {settings.mlflow_uri}",
+            "base model": item.base_model,
+            "data": f"{item.data_path} (md5 {item.data_md5}{revision})",
+            "commit": item.git_commit or "-",
+            "lock": f"sha256 {item.lock_sha256}" if item.lock_sha256 else "-",
+            "created": item.created_at,
+        }
+    )
+
+
+def _scores(metrics: dict[str, float]) -> list[str]:
+    names = [name for name in SHOWN_METRICS if f"eval/{name}" in metrics]
+    rows = [(name, _number(metrics.get(f"base/{name}")), _number(metrics[f"eval/{name}"])) for name in names]
+    lines = _align([("on the test set", "base", "tuned"), *rows])
+    gain = next((value for key, value in metrics.items() if key.startswith("gain/") and key not in GAIN_ENDS), None)
+    if gain is not None and all(end in metrics for end in GAIN_ENDS):
+        low, high = (metrics[end] for end in GAIN_ENDS)
+        lines.append(f"  gain {gain:+.4f}, interval {low:+.4f} to {high:+.4f}")
+    return lines
+
+
+def _screen(title: str, *blocks: Iterable[str]) -> Text:
+    body = "\n\n".join("\n".join(block) for block in blocks)
+    return Text.assemble("\n", (title, "bold"), "\n\n", body, "\n")
+
+
+def _facts(facts: dict[str, str]) -> list[str]:
+    return [f"  {name:<12}{value}" for name, value in facts.items()]
+
+
+def _commands(commands: dict[str, str]) -> list[str]:
+    return [line for name, command in commands.items() for line in (f"  # {name}", f"  {command}")]
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _program(name: str) -> str:
+    """A program of this environment, as it is called from here."""
+    return _short(Path(sys.executable).with_name(name))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from flows.core.lineage import trace_version
+from flows.core.processes import identify_process
+from flows.core.tracking import open_tracker
+from flows.errors import DataError, ParamsError
+from flows.params import DataParams, EvaluateParams, TrainParams
+from flows.settings import load_settings
+from flows.stages import PROCESS_TAG, load
+from flows.train import train
+from tests.flows.support import mlflow_runs, write_profiles, write_retrieval
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def test_train_leaves_a_registered_version_with_everything_that_leads_back(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, tmp_path: Path
+) -> None:
+    result = train(data=data, train=small_train, evaluate=small_evaluate)
+
+    tracker = open_tracker(load_settings())
+    run = tracker.find_run(result.run_id)
+    lineage = trace_version(tracker, result.version)
+    assert run.status == "FINISHED"
+    assert lineage.run_id == result.run_id
+    assert lineage.data_path == str(data.pairs)
+    assert len(lineage.data_md5) == 32
+    assert lineage.lock_sha256
+    assert lineage.aliases == ()
+    assert run.params["train.steps"] == "4"
+    assert run.params["train.seed"] == "42"
+    for prefix in ("eval", "base"):
+        for metric in ("mae", "accuracy", "spearman", "pearson"):
+            assert f"{prefix}/{metric}" in run.metrics
+    assert run.metrics["gain/low"] <= run.metrics["gain/spearman"] <= run.metrics["gain/high"]
+    assert run.metrics["embedding_dim"] == 32
+    plots = tracker.download_artifact(result.run_id, "plots", tmp_path)
+    assert {path.name for path in plots.iterdir()} == {"score_scatter.png", "calibration.png", "training_curve.png"}
+    model = SentenceTransformer(str(tracker.download_model(result.run_id, tmp_path / "model")))
+    assert model.encode(["a chef"]).shape == (1, 32)
+    assert model.max_seq_length == 32
+
+
+def test_a_failed_training_ends_red_in_prefect_and_in_mlflow(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    impossible = small_train.model_copy(update={"loss": "multiple_negatives_ranking"})
+
+    state = train(data=data, train=impossible, evaluate=small_evaluate, return_state=True)
+
+    assert state.is_failed()
+    with pytest.raises(ParamsError, match="needs retrieval data"):
+        state.result()
+    tracker = open_tracker(load_settings())
+    assert [run.info.status for run in mlflow_runs()] == ["FAILED"]
+    assert tracker.versions() == []
+
+
+def test_bad_data_stops_before_any_run_is_opened(
+    tmp_path: Path, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("text_a,text_b,score\na,b,7\n")
+
+    with pytest.raises(DataError, match="score"):
+        train(data=DataParams(pairs=str(file)), train=small_train, evaluate=small_evaluate)
+
+    assert mlflow_runs() == []
+
+
+def test_profiles_and_judgements_become_pairs_and_are_counted(
+    tmp_path: Path, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    profiles, judgements = write_profiles(tmp_path)
+    data = DataParams(
+        profiles=str(profiles), judgements=str(judgements), profile_template="{title} knows {skills}", min_eval_rows=8
+    )
+
+    result = train(data=data, train=small_train, evaluate=small_evaluate)
+
+    metrics = open_tracker(load_settings()).find_run(result.run_id).metrics
+    assert metrics["num_profiles"] == 40
+    assert metrics["avg_profile_length"] > len(" knows ")
+    assert "eval/spearman" in metrics
+
+
+def test_retrieval_data_are_scored_by_ranking(
+    tmp_path: Path, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    data = DataParams(retrieval=str(write_retrieval(tmp_path / "beir")), min_eval_rows=4)
+
+    result = train(data=data, train=small_train, evaluate=small_evaluate)
+
+    assert result.primary_metric == "ndcg_at_10"
+    run = open_tracker(load_settings()).find_run(result.run_id)
+    assert run.tags["loss"] == "multiple_negatives_ranking"
+    assert {"eval/ndcg_at_10", "eval/mrr_at_10", "eval/recall_at_10", "gain/ndcg_at_10"} <= run.metrics.keys()
+
+
+def test_the_run_holds_what_was_done_to_the_data(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, tmp_path: Path
+) -> None:
+    result = train(data=data, train=small_train, evaluate=small_evaluate)
+    file = open_tracker(load_settings()).download_artifact(result.run_id, "data.json", tmp_path / "fetched")
+    facts = json.loads(file.read_text())
+    assert facts["files"] == {"pairs": hashlib.md5(Path(str(data.pairs)).read_bytes()).hexdigest()}
+    assert "Split dev and test off" in " ".join(facts["notes"])
+
+
+def test_the_progress_of_a_fit_is_an_artifact_in_prefect(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    train(data=data, train=small_train, evaluate=small_evaluate)
+
+    with get_client(sync_client=True) as client:
+        wanted = {"artifacts": {"key": {"any_": ["fit"]}}, "sort": "UPDATED_DESC", "limit": 1}
+        (artifact,) = client._client.post("/artifacts/filter", json=wanted).json()
+    assert artifact["type"] == "progress"
+    assert artifact["data"] == 100.0
+    assert "step 4 of 4" in artifact["description"]
+
+
+def test_runs_of_a_killed_process_are_closed_by_the_next_one(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    settings = load_settings()
+    tracker = open_tracker(settings)
+    gone = identify_process() | {"started": 0.0}  # our process id, but of an earlier process
+    orphan = tracker.start_run("trial 7", tags={PROCESS_TAG: json.dumps(gone)})
+    at_work = tracker.start_run("trial 8", tags={PROCESS_TAG: json.dumps(identify_process())})
+    (settings.runs_path / orphan).mkdir(parents=True)
+
+    train(data=data, train=small_train, evaluate=small_evaluate)
+
+    assert tracker.find_run(orphan).status == "KILLED"
+    assert tracker.find_run(at_work).status == "RUNNING"
+    assert not (settings.runs_path / orphan).exists()
+
+
+@pytest.mark.parametrize(("error", "tries"), [(ConnectionError("reset by peer"), 3), (DataError("no such column"), 1)])
+def test_only_trouble_on_the_way_to_the_data_is_tried_again(
+    error: Exception, tries: int, monkeypatch: pytest.MonkeyPatch, data: DataParams
+) -> None:
+    calls = []
+
+    def read(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr("flows.stages.read_data", read)
+    with pytest.raises(type(error)):
+        load.with_options(retry_delay_seconds=0)(data)
+    assert len(calls) == tries
