@@ -32,7 +32,7 @@ from flows.core.tracking import open_tracker
 from flows.core.watchdog import end_children_with_this_process
 from flows.errors import EkibenError, InputError, NothingReleasedError, ParamsError
 from flows.options import has_data, load_params
-from flows.params import Params
+from flows.params import DATA_ADDRESSES, Params
 from flows.settings import PROJECT_ROOT, FlowSettings, export_environment, load_settings
 
 SAMPLE = {
@@ -85,7 +85,7 @@ class RunOptions(Options):
 
     def load(self) -> Params:
         """Merge file, assignments and data options."""
-        data = {name: getattr(self, name) for name in DATA_OPTIONS}
+        data = {name: getattr(self, name) for name in DATA_ADDRESSES}
         return load_params(self.params, self.set or [], data)
 
     def load_with_data(self) -> Params:
@@ -97,9 +97,6 @@ class RunOptions(Options):
                 f"for the sample: --profiles {_short(SAMPLE['profiles'])} --judgements {_short(SAMPLE['judgements'])}"
             )
         return params
-
-
-DATA_OPTIONS = ("pairs", "dev", "test", "retrieval", "profiles", "judgements", "data_rev")
 
 
 def command(options_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -325,7 +322,7 @@ def _already_released(options: RunOptions, settings: FlowSettings) -> Lineage | 
 
 def _or_sample(options: RunOptions) -> RunOptions:
     """The sample data and the quick parameters, unless data or parameters are named."""
-    if any(getattr(options, name) for name in DATA_OPTIONS if name != "data_rev") or options.params is not None:
+    if any(getattr(options, name) for name in DATA_ADDRESSES if name != "data_rev") or options.params is not None:
         options.load_with_data()  # bad input is told before any work
         return options
     profiles, judgements = (_short(SAMPLE[name]) for name in ("profiles", "judgements"))

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PAIR_COLUMNS = ("text_a", "text_b", "score")
+DATA_ADDRESSES = ("pairs", "dev", "test", "retrieval", "profiles", "judgements", "data_rev")
 LossName = Literal["auto", "cosine_similarity", "cosent", "angle", "multiple_negatives_ranking"]
 DEFAULT_BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

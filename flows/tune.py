@@ -62,7 +62,7 @@ def tune(
     close_orphans(tracker, settings)
     search = Search(
         settings.study_storage or settings.journal_path,
-        name=study_name(tune.space, metric, dataset.version.md5, train),
+        name=study_name(tune.space, metric, dataset.version.md5, train, data),
         base=train,
         params=tune,
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from flows.core.processes import identify_process, is_alive
 from flows.errors import EkibenError, ParamsError, hide_password, one_line
-from flows.params import FloatRange, SearchSpace, TrainParams
+from flows.params import DATA_ADDRESSES, DataParams, FloatRange, SearchSpace, TrainParams
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -34,18 +34,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def study_name(space: SearchSpace, objective: str, data_md5: str, base: TrainParams) -> str:
+def study_name(
+    space: SearchSpace, objective: str, data_md5: str, base: TrainParams, preparation: DataParams | None = None
+) -> str:
     """Name a study after everything that makes its values comparable.
 
-    Optuna opens an existing study whatever it was made for: another space, objective, data or base must not meet it.
+    Optuna opens an existing study whatever it was made for: another space, objective, data, split or base must not
+    meet it.
 
     Args:
         space: What may be chosen.
         objective: Metric on dev that is maximised.
         data_md5: Digest of the data.
         base: Parameters that the space does not vary.
+        preparation: How the data are mapped and split; where they lie does not matter, `data_md5` says what they are.
     """
-    parts = [space.model_dump(mode="json"), objective, data_md5, base.model_dump(mode="json")]
+    prepared = (preparation or DataParams()).model_dump(mode="json", exclude=set(DATA_ADDRESSES))
+    parts = [space.model_dump(mode="json"), objective, data_md5, base.model_dump(mode="json"), prepared]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{objective}-{data_md5[:8]}-{digest[:10]}"
 

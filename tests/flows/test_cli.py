@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.params import DATA_ADDRESSES
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -38,7 +39,7 @@ def test_every_training_command_takes_the_common_options(
 ) -> None:
     assert run(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
-    for option in [*(name.replace("_", "-") for name in cli.DATA_OPTIONS), "params", "set", "home", "json"]:
+    for option in [*(name.replace("_", "-") for name in DATA_ADDRESSES), "params", "set", "home", "json"]:
         assert f"--{option}" in text
 
 

@@ -30,7 +30,7 @@ from flows.core.studies import (
     values_inside,
 )
 from flows.errors import ParamsError
-from flows.params import FloatRange, SearchSpace, TrainParams
+from flows.params import DataParams, FloatRange, SearchSpace, TrainParams
 
 SPACE = SearchSpace(base_model=["a"])
 
@@ -46,9 +46,11 @@ def test_everything_that_makes_values_comparable_is_in_the_name() -> None:
         study_name(SPACE, "ndcg_at_10", "d" * 32, base),
         study_name(SPACE, "spearman", "e" * 32, base),
         study_name(SPACE, "spearman", "d" * 32, TrainParams(seed=1)),
+        study_name(SPACE, "spearman", "d" * 32, base, DataParams(split_seed=1)),
     ]
     assert len(set(names)) == len(names)
-    assert study_name(SearchSpace(base_model=["a"]), "spearman", "d" * 32, TrainParams()) == names[0]
+    elsewhere = DataParams(pairs="s3://bucket/pairs.csv")
+    assert study_name(SearchSpace(base_model=["a"]), "spearman", "d" * 32, TrainParams(), elsewhere) == names[0]
     assert names[0].startswith("spearman-dddddddd-")
 
 
