@@ -94,7 +94,7 @@ class RunOptions(Options):
         if not has_data(params.data):
             raise ParamsError(
                 "no data given: use --pairs FILE, --retrieval FOLDER, or --profiles FILE --judgements FILE; "
-                f"for the sample: --profiles {_short(SAMPLE['profiles'])} --judgements {_short(SAMPLE['judgements'])}"
+                "for the sample: " + " ".join(f"--{name} {screens.short_path(path)}" for name, path in SAMPLE.items())
             )
         return params
 
@@ -325,7 +325,7 @@ def _or_sample(options: RunOptions) -> RunOptions:
     if any(getattr(options, name) for name in DATA_ADDRESSES if name != "data_rev") or options.params is not None:
         options.load_with_data()  # bad input is told before any work
         return options
-    profiles, judgements = (_short(SAMPLE[name]) for name in ("profiles", "judgements"))
+    profiles, judgements = (screens.short_path(SAMPLE[name]) for name in ("profiles", "judgements"))
     return replace(options, params=QUICK_PARAMS, profiles=profiles, judgements=judgements)
 
 
@@ -372,7 +372,3 @@ def _print_json(options: Options, values: dict[str, Any]) -> None:
 
 def _where(settings: FlowSettings) -> dict[str, str]:
     return {"mlflow_uri": settings.mlflow_uri, "home": str(settings.home_path)}
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

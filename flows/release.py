@@ -51,8 +51,8 @@ def release(run: str | None = None, release: ReleaseParams = ReleaseParams()) ->
     settings = load_settings()
     export_environment(settings)
     tracker = open_tracker(settings)
-    version = (tracker.best_version() if run is None else tracker.version(run)).version
-    candidate = trace_version(tracker, version)
+    candidate = trace_version(tracker, tracker.best_version().version if run is None else run)
+    version = candidate.version
     record = tracker.find_run(candidate.run_id)
     say(f"[release] version {version}, run {candidate.run_id}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -55,7 +54,7 @@ def released(lineage: Lineage, settings: FlowSettings) -> Text:
 def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log: Path) -> Text:
     """The closing screen of `ekiben up` and `ekiben serve`."""
     url = local_url(host, port)
-    prefect_home = shlex.quote(_short(settings.home_path / "prefect"))
+    prefect_home = shlex.quote(short_path(settings.home_path / "prefect"))
     commands = {
         "vectors": curl(url, "encode", '{"texts": ["senior Go developer", "barista"]}'),
         "similarity": curl(url, "similarity", '{"a": ["senior Go developer"], "b": ["backend engineer", "barista"]}'),
@@ -67,7 +66,7 @@ def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log:
             f"{_program('ekiben')} pipeline --pairs my_pairs.csv"
         ),
     }
-    title = f"Ready: {url} serves {lineage.bento_tag}. Ctrl-C ends it; its log is {_short(log)}"
+    title = f"Ready: {url} serves {lineage.bento_tag}. Ctrl-C ends it; its log is {short_path(log)}"
     return _screen(title, _scores(lineage.metrics), ["Try, in another terminal:"], _commands(commands))
 
 
@@ -125,7 +124,9 @@ def _lineage_facts(item: Lineage, settings: FlowSettings) -> list[str]:
     return _facts(
         {
             "version": f"{item.version} ({', '.join(item.aliases)})" if item.aliases else item.version,
-            "Bento": f"{item.bento_tag} in {_short(settings.bento_store_path)}" if item.bento_tag else "not released",
+            "Bento": f"{item.bento_tag} in {short_path(settings.bento_store_path)}"
+            if item.bento_tag
+            else "not released",
             "space": item.space_id or "-",
             "MLflow run": f"{item.run_id} in {settings.mlflow_uri}",
             "base model": item.base_model,
@@ -170,7 +171,7 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _program(name: str) -> str:
     """A program of this environment, as it is called from here."""
-    return _short(Path(sys.executable).with_name(name))
+    return short_path(Path(sys.executable).with_name(name))
 
 
 def _number(value: float | None) -> str:
@@ -181,6 +182,6 @@ def _value(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _short(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+def short_path(path: Path) -> str:
+    """An absolute path as it is called from the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

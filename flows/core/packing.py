@@ -180,9 +180,11 @@ def _check_answers(client: httpx.Client, manifest: Manifest) -> None:
     """The canary vectors, the headers, a similarity and an error, all over HTTP."""
     import bentoml
 
+    from bentos.http import MODEL_HEADER, SPACE_HEADER
+
     canary = read_canary(Path(bentoml.models.get(model_tag(manifest)).path), manifest)
     encoded = _post(client, "/encode", {"texts": canary.texts, "prompt_text": "", "model": manifest.tag}, 200)
-    for header, expected in (("X-Ekiben-Model", manifest.tag), ("X-Ekiben-Space", manifest.space_id)):
+    for header, expected in ((MODEL_HEADER, manifest.tag), (SPACE_HEADER, manifest.space_id)):
         if encoded.headers.get(header) != expected:
             raise SmokeTestError(f"the header {header} is {encoded.headers.get(header)!r}, expected {expected!r}")
     vectors = np.asarray(encoded.json()["embeddings"], dtype=np.float32)
