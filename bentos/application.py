@@ -8,52 +8,81 @@ from __future__ import annotations
 from typing import Any
 
 import bentoml
+import yaml
+from bentoml.exceptions import BentoMLException
+from starlette.types import ASGIApp
 
-from bentos.http import UNAVAILABLE, Envelope, list_paths
-
-JSON_ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-ERROR_SCHEMA = {
-    "type": "object",
-    "title": "Error",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["code", "message"],
-            "properties": {
-                "code": {"type": "string", "description": "Stable name of the kind of error, e.g. `invalid_request`."},
-                "message": {"type": "string", "description": "What was found, what is allowed, what to do."},
-                "details": {"type": "object", "description": "The same for programs: field, found, limit, ..."},
-            },
-        }
-    },
-}
-
-
-def identify() -> tuple[str, str]:
-    """Model tag and space id of what is served, for the headers of every answer."""
-    encoder = bentoml.get_current_service().encoder
-    return (UNAVAILABLE, UNAVAILABLE) if encoder is None else (encoder.manifest.tag, encoder.manifest.space_id)
+from bentos.access import ApiKeys, add_cors
+from bentos.apidoc import build_document
+from bentos.connections import guard_connections
+from bentos.envelope import list_paths
+from bentos.http import MODEL_ROUTE, Frontend
+from bentos.logs import configure_logging
+from bentos.manifest import Manifest
+from bentos.metrics import open_metrics
+from bentos.observer import Observer
+from bentos.settings import ServeSettings
+from bentos.tracing import Tracing, open_tracing
 
 
 class EnvelopedService(bentoml.Service[Any]):
-    """A service whose whole application, BentoML's own routes and errors included, is wrapped in the envelope."""
+    """A service whose doors are answered by the frontend, before all of BentoML's application."""
 
-    def to_asgi(self, is_main: bool = True) -> Envelope:
+    settings: ServeSettings
+    observer: Observer = Observer()  # of a process that does not serve, such as a build
+    tracing: Tracing | None = None
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """Build the application that the server process runs."""
+        configure_logging(self.settings)
         app = super().to_asgi(is_main)
-        return Envelope(app, list_paths(app.routes), identify)
+        paths = list_paths(app.routes)
+        metrics = open_metrics(self.settings, {*paths, MODEL_ROUTE})
+        guard = guard_connections(self.settings, metrics.record_refused_connection)
+        self.observer, self.tracing = metrics, open_tracing(self.settings, str(self.bento.tag) if self.bento else "")
+
+        def bring_up_to_date() -> None:
+            metrics.forget_dead_workers()
+            metrics.set_connections(guard.connections)
+            if (encoder := bentoml.get_current_service().encoder) is not None:
+                encoder.report_queues()
+
+        frontend = Frontend(
+            app,
+            known_paths=paths,
+            get_encoder=lambda: bentoml.get_current_service().get_encoder(),
+            settings=self.settings,
+            keys=ApiKeys(self.settings),
+            metrics=metrics,
+            tracing=self.tracing,
+            before_metrics=bring_up_to_date,
+        )
+        return add_cors(frontend, self.settings)
 
     @property
     def openapi_spec(self) -> Any:
-        """BentoML's document, with the errors that are really answered instead of those of BentoML."""
-        spec = super().openapi_spec
-        errors = {"4XX": {"description": "The caller's error", **JSON_ERROR}}
-        errors |= {"5XX": {"description": "The server's error", **JSON_ERROR}}
-        for api in self.apis.values():
-            operation = spec.paths[api.route].post
-            operation["responses"] = {200: operation["responses"][200], **errors}
-        for unused in ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse"):
-            spec.components["schemas"].pop(unused, None)
-        spec.components["schemas"]["Error"] = ERROR_SCHEMA
-        return spec
+        """Our document in the place of BentoML's, which knows neither the limits nor the errors."""
+        return Document(build_document(self.settings, _find_manifest()))
+
+
+class Document:
+    """An OpenAPI document as BentoML handles one: the server asks for a dictionary, the build writes YAML."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    def asdict(self) -> dict[str, Any]:
+        """The document itself."""
+        return self.content
+
+
+yaml.add_representer(Document, lambda dumper, document: dumper.represent_dict(document.asdict()))
+
+
+def _find_manifest() -> Manifest | None:
+    """The manifest of the model served; None at the build, and while no model is loaded."""
+    try:
+        encoder = bentoml.get_current_service().encoder
+    except BentoMLException:
+        return None
+    return None if encoder is None else encoder.manifest

@@ -1,222 +1,299 @@
-"""The batcher: many requests in, one batch at a time through the model, without a timer. Knows token ids, not texts.
+"""The batcher: many requests in, their vectors out. Knows texts and deadlines, nothing of HTTP.
 
-While the model computes, requests pile up; the moment it is free, the text whose turn it is goes, together with the
-waiting texts most like it in length that fit the token budget. So an idle server answers at once, and under load the
-batches grow by themselves. One batch is in flight, in one thread of its own; everything else happens on the event loop.
+A text's way: the event loop admits its request and looks for it in the cache and among the texts in flight; the
+tokenizing thread turns it into ids; a thread of its lane computes it with others (see lanes.py, scheduler.py); the
+event loop hands its vector to every request that waits for it. Who waits for what is known on the event loop only.
 
-Turns: row r of a request that arrives after b batches has turn b + r. So a short request passes a long one that came
-before it, and yet every batch brings the long one forward by a text at least.
+There are two lanes. Requests of a few texts go by the `interactive` one, all others by `bulk`, whose threads stand
+back: when somebody waits for one vector, the operating system takes the core from the bulk work at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
-from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
-import numpy as np
-
-from bentos.errors import NotReadyError, OverloadedError
+from bentos.cache import VectorCache
+from bentos.engine import TokenizedText
+from bentos.errors import DeadlineExceededError, NotReadyError, OverloadedError
+from bentos.inflight import Embedded, Inspect, LaneName, Request, Text
+from bentos.lanes import Lane, LaneText, Result
+from bentos.observer import Observer
+from bentos.tokenizing import TokenizingThread
 from bentos.vectors import Vectors
 
-TokenIds = Sequence[int]
-Infer = Callable[[list[TokenIds], bool], Vectors]  # (token ids of n texts, normalize) -> (n, dim)
-SCAN_TEXTS = 256  # how far behind the text whose turn it is its batch mates are looked for
+Input = str | Sequence[int]  # a text, or its token ids
+CHARS_PER_TOKEN = 4  # until a text is tokenized
 MAX_RETRY_AFTER_S = 60
-FIRST_TOKENS_PER_S = 5000.0  # assumed speed until the first batch is measured
+SUPERVISE_EVERY_S = 0.5
+BULK_NICENESS = 10
 
 
-class _Request:
-    """The texts of one caller, and where their vectors are collected."""
+class Model(Protocol):
+    """What the batcher needs of an engine."""
 
-    def __init__(self, count: int, normalize: bool, answer: asyncio.Future[Vectors]) -> None:
-        self.normalize = normalize
-        self.answer = answer
-        self.missing = count
-        self.rows: list[Vectors | None] = [None] * count
+    def tokenize(self, texts: Sequence[str]) -> Sequence[TokenizedText]:
+        """Turn texts into token ids."""
 
-    def put(self, row: int, vector: Vectors) -> None:
-        self.rows[row] = vector
-        self.missing -= 1
-        if self.missing == 0 and not self.answer.done():
-            self.answer.set_result(np.stack([vector for vector in self.rows if vector is not None]))
-
-    def fail(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
+    def infer(self, token_ids: Sequence[Sequence[int]], *, normalize: bool | None = None) -> Vectors:
+        """Compute one batch: (n, dim)."""
 
 
-@dataclass(eq=False, slots=True)
-class _Text:
-    """One waiting text."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may be computed and may wait at once."""
 
-    ids: TokenIds
-    row: int
-    request: _Request
-    turn: float
+    threads: int  # of each lane
+    max_tokens: int  # a longer text is cut to so many
+    batch_tokens: int = 256
+    batch_texts: int = 8
+    interactive_texts: int = 4  # requests of more texts go by the bulk lane
+    queue_tokens: dict[str, int] = field(default_factory=lambda: {"interactive": 16_384, "bulk": 131_072})
+    cache_bytes: int = 0
+    stall_s: float = 60.0
 
 
 class Batcher:
-    """Queues requests and computes them in batches. `start` and `stop` run on the event loop that submits."""
+    """Queues requests and computes them in batches. All public methods run on the event loop that called `start`."""
 
-    def __init__(self, infer: Infer, *, batch_tokens: int, queue_texts: int) -> None:
-        """Prepare a batcher.
+    def __init__(self, model: Model, limits: Limits, observer: Observer | None = None) -> None:
+        """Prepare a batcher for one model."""
+        self._model = model
+        self._limits = limits
+        self._observer = observer or Observer()
+        self._cache = VectorCache(limits.cache_bytes)
+        self._in_flight: dict[Hashable, Text] = {}
+        self._tokens: dict[LaneName, int] = {"interactive": 0, "bulk": 0}  # admitted and not yet computed
+        self._lanes: dict[LaneName, Lane] = {
+            "interactive": self._make_lane("interactive", niceness=0),
+            "bulk": self._make_lane("bulk", niceness=BULK_NICENESS),
+        }
+        self._tokenizer = TokenizingThread(model.tokenize, self._observer, self._put_tokenized, self._put_refused)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running = False
+        self._supervisor: asyncio.Task[None] | None = None
 
-        Args:
-            infer: computes one batch; called in the batcher's own thread, one call at a time.
-            batch_tokens: budget of a batch, padding included.
-            queue_texts: texts that may wait before requests are refused.
-        """
-        self._infer = infer
-        self._batch_tokens = batch_tokens
-        self._queue_texts = queue_texts
-        self._waiting: list[_Text] = []  # by turn
-        self._batches = 0
-        self._reserved = 0
-        self._wake = asyncio.Event()
-        self._tokens_per_s = FIRST_TOKENS_PER_S
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ekiben-infer")
-        self._loop_task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to take batches from the queue."""
-        self._loop_task = asyncio.create_task(self._run(), name="ekiben-batcher")
-
-    async def stop(self) -> None:
-        """Let the batch in flight finish, refuse what still waits, end the thread."""
-        task, self._loop_task = self._loop_task, None
-        if task is not None:
-            self._wake.set()
-            await asyncio.wait([task])
-        self._thread.shutdown(wait=False)
-
-    @property
-    def texts_waiting(self) -> int:
-        """Texts in the queue, without the batch in flight."""
-        return len(self._waiting)
-
-    @contextlib.contextmanager
-    def reserve(self, texts: int) -> Iterator[None]:
-        """Keep room in the queue for texts that are still being tokenized, so that no other queue can grow for ever.
-
-        Raises:
-            OverloadedError: when there is no room for so many.
-        """
-        self._check_room(texts)
-        self._reserved += texts
-        try:
-            yield
-        finally:
-            self._reserved -= texts
-
-    def _check_room(self, texts: int) -> None:
-        if len(self._waiting) + self._reserved + texts <= self._queue_texts:
-            return
-        seconds = sum(len(text.ids) for text in self._waiting) / self._tokens_per_s
-        retry_after_s = min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER_S)
-        raise OverloadedError(
-            f"{len(self._waiting) + self._reserved} texts are waiting and the request has {texts}; "
-            f"at most {self._queue_texts} may wait. Try again in {retry_after_s} s",
-            retry_after_s=retry_after_s,
+    def _make_lane(self, name: LaneName, *, niceness: int) -> Lane:
+        limits = self._limits
+        return Lane(
+            name,
+            lambda token_ids: self._model.infer(token_ids, normalize=False),
+            self._deliver,
+            threads=limits.threads,
+            batch_tokens=limits.batch_tokens,
+            batch_texts=limits.batch_texts,
+            niceness=niceness,
+            stall_s=limits.stall_s,
+            observer=self._observer,
         )
 
-    async def submit(self, token_ids: Sequence[TokenIds], *, normalize: bool, urgent: bool = False) -> Vectors:
-        """Wait for the vectors of one request; when the caller is cancelled, its waiting texts are dropped.
+    def start(self) -> None:
+        """Start the threads."""
+        self._loop = asyncio.get_running_loop()
+        self._tokenizer.start()
+        for lane in self._lanes.values():
+            lane.start()
+        self._running = True
+        self._supervisor = asyncio.create_task(self._supervise(), name="ekiben-supervisor")
+
+    async def stop(self) -> None:
+        """Let the batches in flight finish, refuse what still waits, end the threads."""
+        if not self._running:
+            return
+        self._running = False
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        await asyncio.to_thread(self._tokenizer.stop)
+        left = [await asyncio.to_thread(lane.stop) for lane in self._lanes.values()]
+        await asyncio.sleep(0)  # what the last batches delivered
+        stopping = NotReadyError("the server is stopping; send the request again")
+        for text in [*self._in_flight.values(), *(text for texts in left for text in texts)]:
+            self._finish(cast(Text, text), stopping)
+        self._loop = None
+
+    def find_problem(self) -> str | None:
+        """Say which lane cannot compute at the moment, or None."""
+        if not self._running:
+            return "the batcher is not running"
+        return next((problem for lane in self._lanes.values() if (problem := lane.find_problem()) is not None), None)
+
+    def report_queues(self) -> None:
+        """Tell the observer what waits now."""
+        for lane in self._lanes.values():
+            lane.report()
+
+    async def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        deadline: float | None = None,
+        inspect: Inspect | None = None,
+        urgent: bool = False,
+    ) -> Embedded:
+        """Wait for the vectors of one request. When the caller is cancelled, what nobody else wants is not computed.
 
         Args:
-            token_ids: one list of ids a text.
-            normalize: whether the vectors have length 1.
+            inputs: cleaned texts with their prompt before them, or token ids of this model.
+            deadline: as `time.monotonic()` counts; a request that cannot meet it is refused at once.
+            inspect: looks at the lengths of all texts before anything is computed; what it raises fails this request.
+                Called in the tokenizing thread.
             urgent: go to the head of the queue, and in even when it is full: for the readiness check.
-
-        Returns:
-            float32 (texts, dim).
 
         Raises:
             OverloadedError: when the queue is full; `retry_after_s` is the time it takes at the speed measured so far.
+            DeadlineExceededError: when the deadline passed.
             NotReadyError: when the batcher is not running.
-            Exception: what `infer` raised for a text of this request.
+            Exception: what `inspect` raised, or the model for a text of this request.
         """
-        if self._loop_task is None or self._loop_task.done():
+        if not self._running:
             raise NotReadyError("the batcher is not running")
+        if not inputs:
+            raise ValueError("a request has at least one text")
+        lane: LaneName = "interactive" if urgent or len(inputs) <= self._limits.interactive_texts else "bulk"
+        costs = [min(_estimate_tokens(each), self._limits.max_tokens) for each in inputs]
         if not urgent:
-            self._check_room(len(token_ids))
-        request = _Request(len(token_ids), normalize, asyncio.get_running_loop().create_future())
-        first_turn = -math.inf if urgent else self._batches
-        for row, ids in enumerate(token_ids):
-            insort(self._waiting, _Text(ids, row, request, first_turn + row), key=attrgetter("turn"))
-        self._wake.set()
+            self._admit(lane, sum(costs), deadline)
+        request = Request(len(inputs), lane, inspect, urgent)
+        self._add(request, inputs, costs)
+        if request.new or inspect is not None:
+            self._tokenizer.put(request)
+        timer = None
+        if deadline is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(max(deadline - time.monotonic(), 0.0), self._expire, request)
         try:
             return await request.answer
         finally:
-            if request.missing:  # cancelled or failed: what has not been computed need not be
-                self._drop(request)
+            if timer is not None:
+                timer.cancel()
+            if request.missing:
+                self._leave(request)
 
-    def _drop(self, request: _Request) -> None:
-        self._waiting = [text for text in self._waiting if text.request is not request]
+    def _admit(self, lane: LaneName, tokens: int, deadline: float | None) -> None:
+        """Refuse what does not fit, or what would wait past its deadline. An empty queue takes any request."""
+        waiting, limit = self._tokens[lane], self._limits.queue_tokens[lane]
+        wait_s = waiting / self._lanes[lane].tokens_per_s
+        retry_after_s = min(max(math.ceil(wait_s), 1), MAX_RETRY_AFTER_S)
+        if waiting and waiting + tokens > limit:
+            self._observer.record_shed("queue")
+            raise OverloadedError(
+                f"{waiting} tokens are waiting in the {lane} lane and the request has about {tokens}; at most {limit} "
+                f"may wait (EKIBEN_QUEUE_TOKENS_{lane.upper()}). Try again in {retry_after_s} s",
+                retry_after_s=retry_after_s,
+                limit=limit,
+            )
+        if deadline is not None and waiting and time.monotonic() + wait_s > deadline:
+            self._observer.record_shed("deadline")
+            raise OverloadedError(
+                f"the request would wait about {wait_s:.1f} s, longer than its time limit allows. "
+                f"Try again in {retry_after_s} s, or allow more time",
+                retry_after_s=retry_after_s,
+            )
 
-    async def _run(self) -> None:
-        try:
-            while self._loop_task is not None:
-                if batch := self._take():
-                    await self._compute(batch)
-                elif not self._waiting:
-                    self._wake.clear()
-                    await self._wake.wait()
-        finally:  # stopped, or broken: nobody may wait for ever
-            for text in self._waiting:
-                text.request.fail(NotReadyError("the batcher has stopped; send the request again"))
-            self._waiting.clear()
+    def _add(self, request: Request, inputs: Sequence[Input], costs: Sequence[int]) -> None:
+        """Find each text in the cache or in flight, or bring it in."""
+        hits = shared = 0
+        for row, (each, cost) in enumerate(zip(inputs, costs, strict=True)):
+            key: Hashable = each if isinstance(each, str) else tuple(each)
+            if not request.urgent:  # the readiness check must see the model at work
+                if self._limits.cache_bytes and (cached := self._cache.get(key)) is not None:
+                    hits += 1
+                    request.put(row, *cached)
+                    continue
+                if (text := self._in_flight.get(key)) is not None:
+                    shared += 1
+                    text.waiters.append((request, row))
+                    request.texts[row] = text
+                    continue
+            text = Text(key=key, lane=request.lane, cost=cost, waiters=[(request, row)])
+            request.texts[row] = text
+            request.new.append(text)
+            if not request.urgent:
+                self._in_flight[key] = text
+            self._tokens[request.lane] += cost
+        if self._limits.cache_bytes:
+            self._observer.record_cache(hits, len(inputs) - hits)
+        if shared:
+            self._observer.record_duplicates(shared)
 
-    def _take(self) -> list[_Text]:
-        """Remove from the queue the text whose turn it is and its best batch mates."""
-        alive = [text for text in self._waiting[:SCAN_TEXTS] if not text.request.answer.done()]
-        if not alive:
-            del self._waiting[:SCAN_TEXTS]
-            return []
-        self._batches += 1
-        first, *others = alive
-        mates = [text for text in others if text.request.normalize == first.request.normalize]
-        mates.sort(key=lambda text: abs(len(text.ids) - len(first.ids)))
-        batch = [first]
-        longest = len(first.ids)
-        for text in mates:
-            longest = max(longest, len(text.ids))
-            if longest * (len(batch) + 1) > self._batch_tokens:
-                break
-            batch.append(text)
-        taken = set(map(id, batch))
-        self._waiting = [text for text in self._waiting if id(text) not in taken]
-        return batch
+    def _leave(self, request: Request) -> None:
+        """The caller has gone, or has failed: what nobody else waits for need not be computed."""
+        for text in request.texts:
+            if text is not None and not text.done:
+                text.waiters = [waiter for waiter in text.waiters if waiter[0] is not request]
+                if not text.waiters:
+                    self._lanes[text.lane].drop(text)
+                    self._settle(text)
 
-    async def _compute(self, batch: list[_Text]) -> None:
-        """Compute a batch; when it fails, compute each text by itself, so that only the guilty ones fail."""
-        started = time.perf_counter()
-        try:
-            vectors = await self._in_thread([text.ids for text in batch], batch[0].request.normalize)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].request.fail(error)
-                return
-            for text in batch:
-                if not text.request.answer.done():
-                    await self._compute([text])
+    def _expire(self, request: Request) -> None:
+        if not request.answer.done():
+            self._observer.record_shed("deadline")
+            request.fail(DeadlineExceededError("the request's time limit passed before it was computed"))
+
+    def _settle(self, text: Text) -> None:
+        """Take a text off the books."""
+        text.done = True
+        self._tokens[text.lane] -= text.cost
+        if self._in_flight.get(text.key) is text:
+            del self._in_flight[text.key]
+
+    def _finish(self, text: Text, result: Result) -> None:
+        """Hand a result to everybody who waits for it; a second one, of a thread given up, is not heard."""
+        if text.done:
             return
-        self._measure(sum(len(text.ids) for text in batch), time.perf_counter() - started)
-        for text, vector in zip(batch, vectors, strict=True):
-            text.request.put(text.row, vector)
+        self._settle(text)
+        if isinstance(result, Exception) or text.count is None:
+            error = result if isinstance(result, Exception) else RuntimeError("a text was computed without its length")
+            for request, _ in text.waiters:
+                request.fail(error)
+            return
+        if self._limits.cache_bytes:
+            self._cache.put(text.key, text.count, result)
+        for request, row in text.waiters:
+            request.put(row, text.count, result)
 
-    async def _in_thread(self, token_ids: list[TokenIds], normalize: bool) -> Vectors:
-        vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._infer, token_ids, normalize)
-        if len(vectors) != len(token_ids):
-            raise RuntimeError(f"the model gave {len(vectors)} vectors for {len(token_ids)} texts")
-        return vectors
+    # Called by the threads: each hands over to the event loop.
 
-    def _measure(self, tokens: int, seconds: float) -> None:
-        """Keep a running mean of the speed, for Retry-After."""
-        self._tokens_per_s += 0.1 * (tokens / max(seconds, 1e-6) - self._tokens_per_s)
+    def _call(self, callback: Callable[..., None], *args: object) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(callback, *args)
+
+    def _deliver(self, texts: Sequence[LaneText], results: Sequence[Result]) -> None:
+        self._call(self._finish_all, texts, results)
+
+    def _finish_all(self, texts: Sequence[LaneText], results: Sequence[Result]) -> None:
+        for text, result in zip(texts, results, strict=True):
+            self._finish(cast(Text, text), result)
+
+    def _put_tokenized(self, request: Request) -> None:
+        self._lanes[request.lane].put(request.new, urgent=request.urgent)
+
+    def _put_refused(self, request: Request, error: Exception, broken: bool) -> None:
+        self._call(self._refuse, request, error, broken)
+
+    def _refuse(self, request: Request, error: Exception, broken: bool) -> None:
+        """Fail a request after tokenizing; the texts that others have joined meanwhile go on, if they have ids."""
+        request.fail(error)
+        self._leave(request)
+        for text in request.new:
+            if not text.done and broken:
+                self._finish(text, error)
+            elif not text.done:
+                self._lanes[text.lane].put([text])
+
+    async def _supervise(self) -> None:
+        while True:
+            await asyncio.sleep(SUPERVISE_EVERY_S)
+            self._tokenizer.supervise()
+            for lane in self._lanes.values():
+                lane.supervise()
+                lane.report()
+
+
+def _estimate_tokens(text: Input) -> int:
+    return len(text) // CHARS_PER_TOKEN + 1 if isinstance(text, str) else len(text)

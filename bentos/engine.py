@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -18,7 +19,7 @@ from bentos.errors import LunchboxError, NotReadyError
 from bentos.manifest import TOKENIZER_FILE, Manifest
 from bentos.vectors import Vectors
 
-DEFAULT_BATCH_TOKENS = 512  # padded tokens a batch: larger ones gain nothing on CPU and make short texts wait
+DEFAULT_BATCH_TOKENS = 256  # padded tokens a batch: larger ones gain nothing on CPU, and take more memory and time
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")  # as the common tokenizer families name it
 # ONNX Runtime's fused kernel is slower on CPU than the additions and the normalisation that it replaces: 8 to 12 % of
 # all texts a second with all-MiniLM-L6-v2 and ONNX Runtime 1.32.
@@ -26,11 +27,18 @@ SLOW_OPTIMIZERS = ["SkipLayerNormFusion"]
 RAW_OUTPUT, UNIT_OUTPUT = "vectors", "unit_vectors"
 
 
+class TokenCount(NamedTuple):
+    """How long one text is, and whether the model sees all of it."""
+
+    tokens_total: int  # before any cut, special tokens included
+    truncated: bool  # whether the end of the text was cut off
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
     """One text as the model sees it."""
 
-    ids: list[int]  # at most `max_tokens`, special tokens included
+    ids: Sequence[int]  # at most `max_tokens`, special tokens included
     tokens_total: int  # before the cut, special tokens included
 
     @property
@@ -38,33 +46,52 @@ class TokenizedText:
         """Whether the end of the text was cut off."""
         return self.tokens_total > len(self.ids)
 
+    @property
+    def count(self) -> TokenCount:
+        """What is told to the caller."""
+        return TokenCount(self.tokens_total, self.truncated)
+
 
 class Engine:
     """One lunchbox, loaded: texts to token ids, token ids to vectors."""
 
-    def __init__(self, box: Path, manifest: Manifest, *, threads: int = 0) -> None:
-        """Load the tokenizer and the default precision's model from the folder `box`.
+    def __init__(
+        self,
+        box: Path,
+        manifest: Manifest,
+        *,
+        threads: int = 0,
+        precision: str | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> None:
+        """Load the tokenizer and one precision's model from the folder `box`.
 
         Args:
             box: folder of the lunchbox.
             manifest: its manifest.
             threads: threads inside one inference; 0 lets ONNX Runtime take one per physical core.
+            precision: `fp32`, `int8`, ...; None takes the manifest's default.
+            device: where to compute; `cuda` needs the package onnxruntime-gpu.
 
         Raises:
-            LunchboxError: when a file cannot be loaded.
+            LunchboxError: when a file cannot be loaded, or the precision or the device is not there.
         """
         self.manifest = manifest
-        file_name = manifest.precisions.get(manifest.default_precision)
+        self.precision = manifest.default_precision if precision is None else precision
+        file_name = manifest.precisions.get(self.precision)
         if file_name is None:
             raise LunchboxError(
-                f"the manifest's default precision is {manifest.default_precision!r}, "
-                f"but it lists only {', '.join(manifest.precisions)}"
+                f"the precision {self.precision!r} is not in this lunchbox, which has "
+                f"{', '.join(manifest.precisions)}: a smaller one ships only when it was certified"
             )
+        provider = _find_provider(device)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Idle threads sleep instead of spinning: spinning takes the cores from tokenizing and HTTP.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A plan of memory is kept for every shape that ever came, and every batch has another: 30 MB for nothing.
+        options.enable_mem_pattern = False
         # tokenizers and onnxruntime raise bare Exceptions of their own
         try:
             self._tokenizer = Tokenizer.from_file(str(box / TOKENIZER_FILE))
@@ -73,7 +100,10 @@ class Engine:
             raise LunchboxError(f"{TOKENIZER_FILE} cannot be loaded: {error}") from error
         try:
             self._session = ort.InferenceSession(
-                box / file_name, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_OPTIMIZERS
+                box / file_name,
+                options,
+                providers=[provider],
+                disabled_optimizers=SLOW_OPTIMIZERS if device == "cpu" else [],
             )
         except Exception as error:
             raise LunchboxError(f"{file_name} cannot be loaded: {error}") from error
@@ -82,6 +112,7 @@ class Engine:
             tokenizer.no_padding()
         self._cutter.enable_truncation(max_length=manifest.max_tokens)
         pads = (self._tokenizer.token_to_id(name) for name in PAD_TOKENS)
+        self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._pad_id: int = next((pad for pad in pads if pad is not None), 0)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
@@ -134,6 +165,21 @@ class Engine:
         for rows in group_by_length([len(ids) for ids in token_ids], batch_tokens):
             vectors[rows] = self.infer([token_ids[row] for row in rows], normalize=normalize)
         return vectors
+
+
+def _find_provider(device: str) -> str:
+    """The name that ONNX Runtime has for a device.
+
+    Raises:
+        LunchboxError: when the installed ONNX Runtime cannot compute there.
+    """
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if provider not in (available := ort.get_available_providers()):
+        raise LunchboxError(
+            f"the device {device!r} needs {provider}, and the installed ONNX Runtime {ort.__version__} has only "
+            f"{', '.join(available)}: install onnxruntime-gpu in place of onnxruntime, or set EKIBEN_DEVICE=cpu"
+        )
+    return provider
 
 
 def group_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

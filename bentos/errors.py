@@ -1,16 +1,20 @@
 """Every error that the server answers on purpose, each with its code and HTTP status.
 
 ServeError
+├── UnauthorizedError     401  no key, or one that is not known
 ├── InvalidRequestError   422  the body is JSON but not what the route takes
 ├── MalformedBodyError    400  the body is not JSON, or not UTF-8
 ├── UnsupportedMediaError 415  the body is declared as something else than JSON
-├── TooLargeError         413  more bytes or texts than one request may carry
+├── NotAcceptableError    406  the answer cannot be written in what `Accept` asks for
+├── TooLargeError         413  more bytes, texts, characters or tokens than one request or text may have
 ├── TextTooLongError      422  a text is longer than the model takes, and `on_overflow` is `error`
 ├── UnknownModelError     404  the version that was asked for is not served here
 ├── SpaceMismatchError    409  the caller expects vectors of another space
 ├── OverloadedError       429  the queue is full
+├── DeadlineExceededError 504  the request took longer than it was given
 └── NotReadyError         503  the model did not load, or its vectors are wrong
 LunchboxError             a lunchbox that is incomplete, altered or of an unknown layout
+SettingsError             the settings ask for something that cannot be had
 """
 
 from __future__ import annotations
@@ -28,6 +32,13 @@ class ServeError(Exception):
         super().__init__(message)
         self.message = message
         self.details = details
+
+
+class UnauthorizedError(ServeError):
+    """The request shows no key, or one that is not known."""
+
+    code = "unauthorized"
+    status = 401
 
 
 class InvalidRequestError(ServeError):
@@ -51,8 +62,15 @@ class UnsupportedMediaError(ServeError):
     status = 415
 
 
+class NotAcceptableError(ServeError):
+    """The answer cannot be written in any media type that the caller accepts."""
+
+    code = "not_acceptable"
+    status = 406
+
+
 class TooLargeError(ServeError):
-    """More bytes or texts than one request may carry."""
+    """More bytes, texts, characters or tokens than one request or text may have."""
 
     code = "too_large"
     status = 413
@@ -86,6 +104,13 @@ class OverloadedError(ServeError):
     status = 429
 
 
+class DeadlineExceededError(ServeError):
+    """The time that the request was given passed before its vectors were there."""
+
+    code = "timeout"
+    status = 504
+
+
 class NotReadyError(ServeError):
     """The model did not load, or its vectors are wrong."""
 
@@ -95,3 +120,7 @@ class NotReadyError(ServeError):
 
 class LunchboxError(Exception):
     """A lunchbox that is incomplete, altered or of an unknown layout."""
+
+
+class SettingsError(Exception):
+    """The settings ask for something that cannot be had: the server must not start."""

@@ -1,40 +1,50 @@
-"""HTTP in and out: the two middlewares around BentoML's application, and how answers are written.
+"""The way of a request through the server, as thin as it can be: every door is answered here, from bytes to bytes.
 
-`Intake` (innermost) checks a request before BentoML sees it: vector space, content type, size, JSON, fields, limits.
-`Envelope` (outermost) gives every answer the model's headers and every error, BentoML's own included, the one shape
-`{"error": {"code", "message", "details"?}}`; it also folds unknown paths into one, which keeps the metrics small.
+key > space > media type > body > fields and limits > encoder > bytes > metrics. BentoML's application gets all other
+routes; of its middlewares, which cost more than the model on a short text, a door passes none.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from http import HTTPStatus
-from pathlib import Path
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bentos.errors import ServeError, SpaceMismatchError, TooLargeError, UnsupportedMediaError
-from bentos.schemas import TextsRequest, parse_request
+from bentos.access import METRICS_PATH, ApiKeys
+from bentos.calls import Call
+from bentos.doors import Door
+from bentos.encoder import Encoder
+from bentos.envelope import UNKNOWN_PATH, HeaderList, run_enveloped
+from bentos.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    ServeError,
+    SpaceMismatchError,
+    UnauthorizedError,
+)
+from bentos.logs import REQUEST_ID, REQUEST_ID_HEADER
+from bentos.metrics import ServeMetrics
+from bentos.openai import describe_error
+from bentos.parsing import parse_request
+from bentos.receiving import ClientGoneError, DisconnectWatch, Headers, check_media_type, read_body
+from bentos.render import JSON, Rendered, negotiate, render
 from bentos.settings import ServeSettings
+from bentos.tracing import Tracing
 
 MODEL_HEADER, SPACE_HEADER, EXPECT_SPACE_HEADER = "X-Ekiben-Model", "X-Ekiben-Space", "X-Ekiben-Expect-Space"
+TIMEOUT_HEADER = "X-Ekiben-Timeout-Ms"
 UNAVAILABLE = "unavailable"  # value of both headers while no model is loaded
-UNKNOWN_PATH = "/unknown"
-DRAIN_LIMIT = 4  # a refused body is read on up to this many times the limit, so that the client can read the refusal
-CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 429: "overloaded", 503: "not_ready"}
-CODES |= {500: "internal", 504: "timeout"}
+CLIENT_GONE = 499  # in metrics and logs only: there is nobody to answer
+MODELS_FOLDER, MODEL_ROUTE = "/v1/models/", "/v1/models/{name}"
 logger = logging.getLogger("bentos")
 
-RequestModels = Mapping[str, type[TextsRequest]]
-Identity = Callable[[], tuple[str, str]]  # () -> (model tag, space id) of what is served
+GetEncoder = Callable[[], Encoder]  # raises NotReadyError while no model is loaded
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -43,203 +53,210 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(body, status, headers, media_type="application/json")
 
 
-def error_response(error: ServeError) -> Response:
-    """Write an error in the one shape; an overload also says in `Retry-After` when to come back."""
-    headers = {"Retry-After": str(error.details["retry_after_s"])} if "retry_after_s" in error.details else None
+def render_error(error: ServeError, path: str) -> Rendered:
+    """Write an error in the one shape; OpenAI's clients also get what they look for."""
     content = {"code": error.code, "message": error.message, **({"details": error.details} if error.details else {})}
-    return json_response({"error": content}, error.status, headers)
+    if path.startswith("/v1/"):
+        content |= describe_error(error)
+    headers = {}
+    if "retry_after_s" in error.details:
+        headers["Retry-After"] = str(error.details["retry_after_s"])
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Rendered(orjson.dumps({"error": content}), JSON, headers)
 
 
-async def answer(work: Awaitable[Any]) -> Response:
-    """Await the content of an answer and write it, or the error raised. What nobody foresaw is logged and hidden."""
-    try:
-        return json_response(await work)
-    except ServeError as error:
-        return error_response(error)
-    except Exception:
-        logger.exception("request failed")
-        return error_response(ServeError("unexpected error; the server's log says more"))
+class Frontend:
+    """The outermost application: answers the doors, and passes all else on to BentoML's."""
 
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        known_paths: Collection[str],
+        get_encoder: GetEncoder,
+        settings: ServeSettings,
+        keys: ApiKeys,
+        metrics: ServeMetrics,
+        tracing: Tracing | None = None,
+        before_metrics: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put the doors before `app`.
 
-class Intake:
-    """Checks the bodies of the routes in `models`; a request that passes goes on as it came, with its body read."""
-
-    def __init__(self, app: ASGIApp, models: RequestModels, settings: ServeSettings, identity: Identity) -> None:
-        self.app = app
-        self.models = models
-        self.settings = settings
-        self.identity = identity
+        Args:
+            app: BentoML's application.
+            known_paths: those that it answers; all others count as one.
+            get_encoder: the model that is served.
+            settings: the limits.
+            keys: who may ask.
+            metrics: told of every request.
+            tracing: told as well, unless it is off.
+            before_metrics: called before /metrics is answered, to bring the gauges up to date.
+        """
+        self._app = app
+        self._known_paths = frozenset(known_paths)
+        self._get_encoder = get_encoder
+        self._settings = settings
+        self._keys = keys
+        self._metrics = metrics
+        self._tracing = tracing
+        self._counts_texts = settings.access_log or tracing is not None
+        self._before_metrics = before_metrics
+        self._requests = 0  # whose body has been read, and that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        model = self.models.get(scope["path"]) if scope["method"] == "POST" else None
+            return await self._app(scope, receive, send)
+        call = Call(scope, self._name_route(scope["path"]))
+        REQUEST_ID.set(call.request_id)
         try:
-            if model is None:
-                return await self.app(scope, receive, send)
-            headers = Headers(scope=scope)
-            self._check_space(headers)
-            _check_media_type(headers)
-            body = await self._read_body(headers, receive)
-            if body is None:
-                return  # the client went away
-            parse_request(model, body, self.settings)
+            await self._serve(call, scope, receive, send)
+        except ClientGoneError:
+            call.status = CLIENT_GONE
+        finally:
+            call.tell(self._metrics, log=self._settings.access_log, tracing=self._tracing)
+
+    async def _serve(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, door = call.headers, call.door
+        try:
+            if not self._keys.is_open(call.path):
+                call.key = self._keys.check(headers.get(b"authorization"), headers.get(b"x-api-key"))
+            if door is not None and door.method is not None:
+                rendered = await self._answer(door, call, receive)
+                call.status = 200
+            elif door is not None:
+                receive = await self._check_in(door, headers, receive)
+                with self._room():
+                    return await self._pass_on(call, scope, receive, send)
+            else:
+                return await self._pass_on(call, scope, receive, send)
         except ServeError as error:
-            return await error_response(error)(scope, receive, send)
-        await _run_until_disconnect(self.app, scope, body, receive, send)
+            call.status, rendered = error.status, render_error(error, call.path)
+        except ClientGoneError:
+            raise
+        except Exception:
+            logger.exception("request failed")
+            hidden = ServeError("unexpected error; the server's log says more")
+            call.status, rendered = hidden.status, render_error(hidden, call.path)
+        await self._send(send, call, rendered)
+
+    async def _pass_on(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let BentoML's application answer."""
+        if call.path == METRICS_PATH:
+            self._before_metrics()
+        own = self._own_headers(call)
+        call.status = await run_enveloped(self._app, scope, receive, send, route=call.route, headers=own)
+
+    def _name_route(self, path: str) -> str:
+        if path in self._known_paths:
+            return path
+        return MODEL_ROUTE if path.startswith(MODELS_FOLDER) else UNKNOWN_PATH
+
+    async def _answer(self, door: Door, call: Call, receive: Receive) -> Rendered:
+        """Answer a door's request, unless something is wrong with it."""
+        headers = call.headers
+        accept = headers.get(b"accept", b"").decode("latin-1")
+        negotiate(accept, door.offered)
+        body = await self._check_body(headers, receive)
+        request = parse_request(door.request, body, self._settings)
+        deadline = call.started + self._find_time_limit(headers)
+        encoder = self._get_encoder()
+        call.parsed = time.monotonic()
+        with self._room(), DisconnectWatch(receive):
+            content = await getattr(encoder, str(door.method))(request, deadline)
+        call.computed = time.monotonic()
+        rendered = render(content, accept or JSON)
+        call.answered = time.monotonic()
+        if self._counts_texts:
+            call.count(request, content)
+        return rendered
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Hold one of the places for requests; a body that is still on its way takes none.
+
+        Raises:
+            OverloadedError: when all are taken.
+        """
+        limit = self._settings.max_requests
+        if self._requests >= limit:
+            self._metrics.record_shed("requests")
+            raise OverloadedError(
+                f"{self._requests} requests are in flight; at most {limit} may be (EKIBEN_MAX_REQUESTS). "
+                "Try again in 1 s",
+                retry_after_s=1,
+                limit=limit,
+            )
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    async def _check_in(self, door: Door, headers: Headers, receive: Receive) -> Receive:
+        """Check the request of a door that BentoML answers; the body that was read is given to it again."""
+        negotiate(headers.get(b"accept", b"").decode("latin-1"), door.offered)
+        body = await self._check_body(headers, receive)
+        parse_request(door.request, body, self._settings)
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        return replay
+
+    async def _check_body(self, headers: Headers, receive: Receive) -> bytes:
+        self._check_space(headers)
+        check_media_type(headers)
+        return await read_body(headers, receive, self._settings.max_body_bytes)
 
     def _check_space(self, headers: Headers) -> None:
-        expected = headers.get(EXPECT_SPACE_HEADER)
-        model, space = self.identity()
-        if expected is not None and expected != space:
+        expected = headers.get(EXPECT_SPACE_HEADER.lower().encode())
+        if expected is None:
+            return
+        manifest = self._get_encoder().manifest
+        if expected.decode("latin-1") != manifest.space_id:
             raise SpaceMismatchError(
-                f"{EXPECT_SPACE_HEADER} is {expected!r}, but {model} makes vectors of space {space!r}, which must not "
-                "be compared with them. Embed your texts again, or ask the server that made the old vectors",
-                expected=expected,
-                found=space,
+                f"{EXPECT_SPACE_HEADER} is {expected.decode('latin-1')!r}, but {manifest.tag} makes vectors of space "
+                f"{manifest.space_id!r}, which must not be compared with them. Embed your texts again, or ask the "
+                "server that made the old vectors",
+                expected=expected.decode("latin-1"),
+                found=manifest.space_id,
             )
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Read the body up to the limit, whatever its declared length."""
-        limit = self.settings.max_body_bytes
-        declared = headers.get("content-length", "")
-        size = int(declared) if declared.isdecimal() else 0
-        if size > limit * DRAIN_LIMIT:
-            raise _too_large(f"{size} bytes", limit)
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more and size <= limit * DRAIN_LIMIT:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
-            if size <= limit:
-                chunks.append(chunk)
-            else:
-                chunks.clear()
-        if size > limit:
-            raise _too_large(f"more than {limit} bytes" if more else f"{size} bytes", limit)
-        return b"".join(chunks)
+    def _find_time_limit(self, headers: Headers) -> float:
+        """Seconds that the request may take: what the caller allows, but not more than the server."""
+        asked = headers.get(TIMEOUT_HEADER.lower().encode())
+        if asked is None:
+            return self._settings.timeout_s
+        if not asked.isdigit() or len(asked) > 9 or int(asked) == 0:
+            raise InvalidRequestError(
+                f"{TIMEOUT_HEADER} is {asked[:30].decode('latin-1')!r}; it must be a whole number of milliseconds, "
+                "1 or more",
+                field=TIMEOUT_HEADER,
+            )
+        return min(int(asked) / 1000, self._settings.timeout_s)
 
+    def _own_headers(self, call: Call) -> HeaderList:
+        """The headers that every answer carries."""
+        try:
+            manifest = self._get_encoder().manifest
+            model, space = manifest.tag, manifest.space_id
+        except ServeError:
+            model = space = UNAVAILABLE
+        return [
+            (MODEL_HEADER.lower().encode(), model.encode("latin-1")),
+            (SPACE_HEADER.lower().encode(), space.encode("latin-1")),
+            (REQUEST_ID_HEADER.lower().encode(), call.request_id.encode("latin-1")),
+        ]
 
-class Envelope:
-    """The outermost layer: known paths, the model's headers, the one error shape."""
-
-    def __init__(self, app: ASGIApp, known_paths: Collection[str], identity: Identity) -> None:
-        self.app = app
-        self.known_paths = frozenset(known_paths)
-        self.identity = identity
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        asked = scope["path"]
-        if asked not in self.known_paths:
-            scope = {**scope, "path": UNKNOWN_PATH, "raw_path": UNKNOWN_PATH.encode()}
-        start: Message | None = None
-        body = b""
-
-        async def send_enveloped(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(raw=list(message.get("headers", [])))
-                headers[MODEL_HEADER], headers[SPACE_HEADER] = self.identity()
-                message = {**message, "headers": headers.raw}
-                if message["status"] >= 400 and scope["method"] != "HEAD":
-                    start = message  # held back until the body shows whether it has the shape
-                    return
-            elif start is not None and message["type"] == "http.response.body":
-                body += message.get("body", b"")
-                if message.get("more_body", False):
-                    return
-                body = _shape_error(start["status"], body, scope["method"], asked)
-                headers = MutableHeaders(raw=start["headers"])
-                headers["Content-Type"], headers["Content-Length"] = "application/json", str(len(body))
-                await send(start)
-                message = {"type": "http.response.body", "body": body}
-            await send(message)
-
-        await self.app(scope, receive, send_enveloped)
-
-
-def _shape_error(status: int, body: bytes, method: str, path: str) -> bytes:
-    """Leave an error of ours as it is, and give any other the same shape."""
-    try:
-        error = orjson.loads(body)["error"]
-        if isinstance(error["code"], str) and isinstance(error["message"], str):
-            return body
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        pass
-    message = {
-        404: f"there is no {method} {path} here; /docs.json lists the routes",
-        405: f"{path} does not take {method}; /docs.json lists the routes and their methods",
-        429: "too many requests at once; try again in a moment",
-        500: "unexpected error; the server's log says more",
-        504: "the request took too long and was given up; send fewer texts at once",
-    }.get(status, HTTPStatus(status).phrase)
-    code = CODES.get(status, HTTPStatus(status).name.lower())
-    return orjson.dumps({"error": {"code": code, "message": message}})
-
-
-def _check_media_type(headers: Headers) -> None:
-    found = headers.get("content-type", "")
-    media_type, _, parameters = found.lower().partition(";")
-    if media_type.strip() != "application/json" or ("charset" in parameters and "utf-8" not in parameters):
-        raise UnsupportedMediaError(
-            f"the Content-Type is {found!r}; it must be 'application/json', in UTF-8"
-            if found
-            else "there is no Content-Type; it must be 'application/json'"
-        )
-    encoding = headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaError(f"the Content-Encoding is {encoding!r}; send the body uncompressed")
-
-
-def _too_large(found: str, limit: int) -> TooLargeError:
-    return TooLargeError(
-        f"the body has {found}; at most {limit} are allowed. Send several requests, "
-        "or raise EKIBEN_MAX_BODY_BYTES on the server",
-        limit=limit,
-    )
-
-
-async def _run_until_disconnect(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-    """Run `app` on a body that was already read, and cancel it when the client goes away before the answer."""
-    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return unread.pop() if unread else await receive()
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    work, gone = asyncio.ensure_future(app(scope, replay, send)), asyncio.ensure_future(watch())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
-    finally:  # also when this request is cancelled, as BentoML's timeout does
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})
-
-
-def list_paths(routes: Iterable[BaseRoute], prefix: str = "") -> set[str]:
-    """Every path that an application answers, files of its static folders included."""
-    paths: set[str] = set()
-    for route in routes:
-        if isinstance(route, Route):
-            paths.add(prefix + route.path)
-        elif isinstance(route, Mount):
-            if isinstance(route.app, StaticFiles) and route.app.directory is not None:
-                folder = Path(route.app.directory)
-                names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-                paths.update(f"{prefix}{route.path}/{name}" for name in names)
-            else:
-                paths |= list_paths(route.routes, prefix + route.path)
-    return paths
+    async def _send(self, send: Send, call: Call, rendered: Rendered) -> None:
+        out = [
+            (b"content-type", rendered.media_type.encode("latin-1")),
+            (b"content-length", b"%d" % len(rendered.body)),
+            *self._own_headers(call),
+        ]
+        out += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in rendered.headers.items()]
+        await send({"type": "http.response.start", "status": call.status, "headers": out})
+        await send({"type": "http.response.body", "body": rendered.body})

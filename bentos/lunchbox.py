@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -68,8 +69,10 @@ class Lunchbox:
         return None
 
 
-def open_lunchbox(path: Path, *, threads: int = 0) -> Lunchbox:
-    """Verify every file of the lunchbox at `path` and load it.
+def open_lunchbox(
+    path: Path, *, threads: int = 1, precision: str | None = None, device: Literal["cpu", "cuda"] = "cpu"
+) -> Lunchbox:
+    """Verify every file of the lunchbox at `path` and load it; the arguments are those of `Engine`.
 
     Raises:
         LunchboxError: when a file is missing, altered or unusable; the message names it.
@@ -78,18 +81,21 @@ def open_lunchbox(path: Path, *, threads: int = 0) -> Lunchbox:
     # Before the hashes: a file that changes meanwhile is then looked at again. What is missing, `verify_files` names.
     stamps = {name: _stamp(path / name) for name in (MANIFEST_FILE, *manifest.files) if (path / name).is_file()}
     verify_files(path, manifest)
-    return Lunchbox(path, manifest, Engine(path, manifest, threads=threads), read_canary(path, manifest), stamps)
+    engine = Engine(path, manifest, threads=threads, precision=precision, device=device)
+    return Lunchbox(path, manifest, engine, read_canary(path, manifest, engine.precision), stamps)
 
 
-def read_canary(path: Path, manifest: Manifest) -> Canary:
-    """Read the canary texts and vectors of the lunchbox at `path`.
+def read_canary(path: Path, manifest: Manifest, precision: str | None = None) -> Canary:
+    """Read the canary texts of the lunchbox at `path` and their vectors in a precision; None takes the default one.
 
     Raises:
-        LunchboxError: when the file is missing or malformed.
+        LunchboxError: when the file is missing or malformed, or knows nothing of the precision.
     """
     try:
         raw = json.loads((path / CANARY_FILE).read_text(encoding="utf-8"))
-        canary = Canary(list(raw["texts"]), np.asarray(raw["vectors"], dtype=np.float32))
+        is_default = precision in (None, manifest.default_precision)
+        vectors = raw["vectors"] if is_default else raw["other_precisions"][precision]
+        canary = Canary(list(raw["texts"]), np.asarray(vectors, dtype=np.float32))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LunchboxError(f"{CANARY_FILE} cannot be used: {error!r}") from None
     if not canary.texts or canary.vectors.shape != (len(canary.texts), manifest.dim):

@@ -4,8 +4,10 @@
 manifest.json      this module's `Manifest`
 tokenizer.json     the Hugging Face `tokenizers` file, truncation and padding off
 model.fp32.onnx    inputs `input_ids`, `attention_mask` (batch, tokens) int64; outputs `vectors`, `unit_vectors`
+model.int8.onnx    the same in int8: there when it was certified, and then the default
 certificate.json   what the export was compared with, and how close it came
-canary.json        `{"texts": [...], "vectors": [[...]]}`: readiness embeds the texts and compares
+canary.json        `{"texts": [...], "vectors": [[...]], "other_precisions": {"fp32": [[...]]}}`: readiness embeds the
+                   texts and compares; `vectors` are those of the default precision
 MODEL_CARD.md      the same for people
 ```
 """

@@ -1,85 +1,254 @@
-"""What the routes take and give: the request and response models, and the one function that checks a body.
+"""What the routes take and give: request and response models. OpenAI's are in openai.py; bodies are read by parsing.py.
 
-Everything a caller can get wrong inside a body is found in `parse_request`, and named with what was found, what is
-allowed and what to do.
+A field's description is all that callers learn about it from the OpenAPI page. Keys that begin with `x-` in a field's
+schema are for apidoc.py, which puts there what depends on settings and model, and for no one else.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+from pydantic.config import JsonDict
 
-from bentos.errors import InvalidRequestError, MalformedBodyError, TooLargeError
-from bentos.settings import ServeSettings
-from bentos.text import text_problem
+from bentos.errors import InvalidRequestError
 
-MAX_QUOTED_CHARS = 60
-MAX_LISTED_ERRORS = 10
+# BentoML's client takes the first of several schemas for the only one: it would take a string apart into letters. So it
+# is shown a single loose one; the true ones, under `x-any-of`, are for the OpenAPI document.
+NUMBERS, STRINGS = {"type": "array", "items": {"type": "number"}}, {"type": "array", "items": {"type": "string"}}
+TABLE = {"type": "array", "items": NUMBERS}
+VECTORS = WithJsonSchema({"type": "array", "items": {}, "x-any-of": [TABLE, STRINGS]})
+COSINES = WithJsonSchema({"type": "array", "items": {}, "x-any-of": [TABLE, NUMBERS]})
+SCORES = WithJsonSchema({"nullable": True, "x-any-of": [TABLE, NUMBERS, {"type": "null"}]})
+ANY_NUMBER = WithJsonSchema({"nullable": True, "x-any-of": [{"type": "number"}, {"type": "null"}]})
 
-# BentoML's client takes the first of several schemas for the only one: it would take a string apart into letters.
-EITHER = WithJsonSchema({"type": "array", "items": {}})
-EITHER_OR_NULL = WithJsonSchema({"nullable": True})
-Texts = Annotated[list[str], Field(min_length=1)]
+Text = Annotated[str, Field(json_schema_extra={"x-limit": "text"})]
+Texts = Annotated[list[Text], Field(min_length=1, json_schema_extra={"x-limit": "texts"})]
+PROMPT: JsonDict = {"x-limit": "prompt"}
+PROMPT_TEXT: JsonDict = {"x-limit": "prompt_text"}
 
 
-class TextsRequest(BaseModel):
-    """What all requests with texts have in common."""
+def _read_whole(value: Any) -> Any:
+    """To JSON Schema `8.0` is an integer."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    prompt: str | None = Field(
-        None,
-        description="Name of one of the model's prompts, put before each text. Default: the model's default, if any.",
-    )
-    prompt_text: str | None = Field(
-        None, description="Literal text put before each text instead; an empty one switches the default prompt off."
-    )
+Count = Annotated[int, Field(ge=1), BeforeValidator(_read_whole)]
+
+
+@dataclass(frozen=True, slots=True)
+class TextField:
+    """The texts of one field of a request, or lists of token ids in their place."""
+
+    name: str
+    texts: Sequence[str | Sequence[int]]
+    is_list: bool = True
+
+    def label(self, row: int) -> str:
+        """How messages name one of the texts: `texts[3]`, or `query` for a field that holds a single one."""
+        return f"{self.name}[{row}]" if self.is_list else self.name
+
+
+class DoorRequest(BaseModel):
+    """What all requests have in common: unknown fields are refused, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of which one may be given: a name and a literal
+
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        raise NotImplementedError
+
+    @property
+    def refuses_overflow(self) -> bool:
+        """Whether a text longer than the model takes is an error."""
+        return False
+
+    def literal_prompts(self) -> Iterator[tuple[str, str | None]]:
+        """Every prompt that is given as a text, with its field's name."""
+        for _, literal in self.alternatives:
+            yield literal, getattr(self, literal)
+
+    def find_conflict(self) -> InvalidRequestError | None:
+        """Find what no single field shows: fields that contradict each other."""
+        for name, literal in self.alternatives:
+            if getattr(self, name) is not None and getattr(self, literal) is not None:
+                return InvalidRequestError(f"`{name}` and `{literal}` are both given; give one", field=literal)
+        return None
+
+
+class TextsRequest(DoorRequest):
+    """A request that may name its model and say what becomes of texts that are too long."""
+
     on_overflow: Literal["truncate", "error"] = Field(
         "truncate", description="What to do with a text longer than the model takes: cut its end off, or answer 422."
     )
     model: str | None = Field(
-        None, description="Refuse to answer (404) unless this is the model served: its tag, name, version or run."
+        None,
+        description="Refuse to answer (404) unless this is the model served: its tag, name, version or run.",
+        json_schema_extra={"x-limit": "model"},
     )
 
-    def named_texts(self) -> Iterator[tuple[str, list[str]]]:
-        """Every list of texts with its field's name."""
-        raise NotImplementedError
+    @property
+    def refuses_overflow(self) -> bool:
+        """Whether a text longer than the model takes is an error."""
+        return self.on_overflow == "error"
 
 
-class EncodeRequest(TextsRequest):
+class PromptedRequest(TextsRequest):
+    """A request whose texts all get the same prompt."""
+
+    alternatives = (("prompt", "prompt_text"),)
+    prompt: str | None = Field(
+        None,
+        description="Name of one of the model's prompts, put before each text. Default: the model's default, if any.",
+        json_schema_extra=PROMPT,
+    )
+    prompt_text: str | None = Field(
+        None,
+        description="Literal text put before each text instead; an empty one switches the default prompt off.",
+        json_schema_extra=PROMPT_TEXT,
+    )
+
+
+class EncodeRequest(PromptedRequest):
     """Texts to embed."""
 
     texts: Texts = Field(description="The texts, in any language the model knows.")
     normalize: bool | None = Field(
         None, description="Whether vectors have length 1. Default: as the model was trained."
     )
-    dimensions: int | None = Field(
-        None, ge=1, description="Keep the first dimensions only; refused unless the model was trained for it."
+    dimensions: Count | None = Field(
+        None,
+        description="Keep the first dimensions only; refused unless the model was trained for it.",
+        json_schema_extra={"x-limit": "dimensions"},
+    )
+    dtype: Literal["float32", "float16", "int8"] = Field(
+        "float32",
+        description="Kind of numbers. `int8`: each vector is scaled so that its largest component is 127; cosines stay "
+        "(within a hundredth), lengths do not.",
     )
     encoding: Literal["float", "base64"] = Field(
-        "float", description="`float`: lists of numbers. `base64`: little-endian float32, half the size."
+        "float",
+        description="`float`: lists of numbers. `base64`: the little-endian bytes of the vector, less than half the "
+        "size. Binary answers (`Accept: application/octet-stream`, `application/x-npy`) have no encoding.",
     )
 
-    def named_texts(self) -> Iterator[tuple[str, list[str]]]:
-        """Every list of texts with its field's name."""
-        yield "texts", self.texts
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("texts", self.texts)
 
 
-class SimilarityRequest(TextsRequest):
+class BatchableRequest(DoorRequest):
+    """Texts to embed by BentoML's own adaptive batching."""
+
+    texts: Texts = Field(description="The texts; the model's default prompt is put before each.")
+
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("texts", self.texts)
+
+
+class SimilarityRequest(PromptedRequest):
     """Texts to compare."""
 
     a: Texts = Field(description="Texts; one row of the matrix each.")
     b: Texts = Field(description="Texts; one column of the matrix each.")
     pairwise: bool = Field(False, description="Compare only a[i] with b[i]; then both lists have the same length.")
 
-    def named_texts(self) -> Iterator[tuple[str, list[str]]]:
-        """Every list of texts with its field's name."""
-        yield "a", self.a
-        yield "b", self.b
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("a", self.a)
+        yield TextField("b", self.b)
+
+    def find_conflict(self) -> InvalidRequestError | None:
+        """Find what no single field shows: fields that contradict each other."""
+        if self.pairwise and len(self.a) != len(self.b):
+            return InvalidRequestError(
+                f"`a` has {len(self.a)} texts and `b` has {len(self.b)}; with `pairwise` both must have as many",
+                field="b",
+            )
+        return super().find_conflict()
+
+
+class RankRequest(TextsRequest):
+    """A query, and the documents to put in order of likeness to it."""
+
+    alternatives = (("query_prompt", "query_prompt_text"), ("document_prompt", "document_prompt_text"))
+    query: Text = Field(description="What is looked for.")
+    documents: Texts = Field(description="What is looked at.")
+    ids: list[str | int] | None = Field(
+        None, description="Your names of the documents, as many as documents; each result carries its own back."
+    )
+    top_k: Count | None = Field(None, description="How many results at most. Default: all documents.")
+    query_prompt: str | None = Field(
+        None,
+        description="Name of the prompt put before the query. Default: the model's prompt `query`, else its default.",
+        json_schema_extra=PROMPT,
+    )
+    query_prompt_text: str | None = Field(
+        None, description="Literal text put before the query instead; may be empty.", json_schema_extra=PROMPT_TEXT
+    )
+    document_prompt: str | None = Field(
+        None,
+        description="Name of the prompt put before each document. Default: the model's prompt `document`, else its "
+        "default.",
+        json_schema_extra=PROMPT,
+    )
+    document_prompt_text: str | None = Field(
+        None,
+        description="Literal text put before each document instead; may be empty.",
+        json_schema_extra=PROMPT_TEXT,
+    )
+
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("query", [self.query], is_list=False)
+        yield TextField("documents", self.documents)
+
+    def find_conflict(self) -> InvalidRequestError | None:
+        """Find what no single field shows: fields that contradict each other."""
+        if self.ids is not None and len(self.ids) != len(self.documents):
+            return InvalidRequestError(
+                f"`ids` has {len(self.ids)} items and `documents` has {len(self.documents)}; give one id a document, "
+                "or leave `ids` out",
+                field="ids",
+            )
+        return super().find_conflict()
+
+
+class VersionedRequest(DoorRequest):
+    """A request that may name the version it expects."""
+
+    model_version: str | None = Field(
+        None,
+        description="Refuse to answer (404) unless this is the version served: `3`, `v3`, its run or its tag.",
+        json_schema_extra={"x-limit": "model"},
+    )
+
+
+class PredictRequest(VersionedRequest):
+    """One text to embed."""
+
+    text: Text = Field(description="The text; the model's default prompt is put before it.")
+
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("text", [self.text], is_list=False)
+
+
+class PredictSimilarityRequest(VersionedRequest):
+    """Two texts to compare."""
+
+    text_a: Text = Field(description="One text; the model's default prompt is put before it.")
+    text_b: Text = Field(description="The other, likewise.")
+
+    def text_fields(self) -> Iterator[TextField]:
+        """Every field that holds texts to embed."""
+        yield TextField("text_a", [self.text_a], is_list=False)
+        yield TextField("text_b", [self.text_b], is_list=False)
 
 
 class Usage(BaseModel):
@@ -90,149 +259,101 @@ class Usage(BaseModel):
     total_tokens: int = Field(description="Sum of `tokens`.")
 
 
-class EncodeResponse(BaseModel):
+class Answer(BaseModel):
+    """What all answers have in common."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str = Field(description="Tag of the model that made the vectors, e.g. `ekiben:3-1f2e3d4c`.")
+
+
+class EncodeResponse(Answer):
     """The vectors, in the order of the texts."""
 
-    embeddings: Annotated[list[list[float]] | list[str], EITHER] = Field(
-        description="Numbers, or base64 of little-endian float32."
+    embeddings: Annotated[list[list[float]] | list[str], VECTORS] = Field(
+        description="A list of numbers a text, or a base64 string a text."
     )
-    model: str = Field(description="Tag of the model that made them, e.g. `ekiben:3-1f2e3d4c`.")
     usage: Usage
 
 
-class SimilarityResponse(BaseModel):
+class SimilarityResponse(Answer):
     """How alike the texts are."""
 
-    similarity: Annotated[list[list[float]] | list[float], EITHER] = Field(
+    similarity: Annotated[list[list[float]] | list[float], COSINES] = Field(
         description="Cosines in -1..1: a matrix, or a list when pairwise."
     )
-    scores: Annotated[list[list[float]] | list[float] | None, EITHER_OR_NULL] = Field(
+    scores: Annotated[list[list[float]] | list[float] | None, SCORES] = Field(
         description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
     )
-    decision_threshold: float | None = Field(
+    decision_threshold: Annotated[float | None, ANY_NUMBER] = Field(
         description="Cosine at or above which two texts count as similar; null when the model has none."
     )
-    model: str = Field(description="Tag of the model that made them.")
     usage: dict[Literal["a", "b"], Usage]
 
 
-RequestModel = TypeVar("RequestModel", bound=TextsRequest)
+class RankedDocument(BaseModel):
+    """One document in its place."""
+
+    index: int = Field(description="Position in `documents`.")
+    id: Any = Field(
+        None,
+        description="Its own of the `ids`; absent when none were given.",
+        json_schema_extra={"x-any-of": [{"type": "string"}, {"type": "integer"}]},
+    )
+    similarity: float = Field(description="Cosine with the query, -1..1.")
+    score: Annotated[float | None, ANY_NUMBER] = Field(
+        description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
+    )
 
 
-def parse_request(model: type[RequestModel], body: bytes, settings: ServeSettings) -> RequestModel:
-    """Turn a body into a checked request.
+class RankResponse(Answer):
+    """The documents, most alike first; equal ones in the order given."""
 
-    Raises:
-        MalformedBodyError: not UTF-8, or not JSON.
-        InvalidRequestError: JSON, but not what the route takes.
-        TooLargeError: too many texts, or one with too many characters.
-    """
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise MalformedBodyError(_explain_malformed(body, error)) from None
-    if not isinstance(data, dict):
-        raise InvalidRequestError(
-            f"the body is {_name_type(data)}; it must be an object with {', '.join(_required(model))}"
-        )
-    try:
-        request = model.model_validate(data)
-    except ValidationError as error:
-        raise _explain_invalid(model, error) from None
-    _check_texts(request, settings)
-    if isinstance(request, SimilarityRequest) and request.pairwise and len(request.a) != len(request.b):
-        raise InvalidRequestError(
-            f"`a` has {len(request.a)} texts and `b` has {len(request.b)}; with `pairwise` both must have as many",
-            field="b",
-        )
-    if request.prompt is not None and request.prompt_text is not None:
-        raise InvalidRequestError("`prompt` and `prompt_text` are both given; give one", field="prompt_text")
-    return request
+    results: list[RankedDocument]
+    usage: dict[Literal["query", "documents"], Usage]
 
 
-def _check_texts(request: TextsRequest, settings: ServeSettings) -> None:
-    lists = list(request.named_texts())
-    count = sum(len(texts) for _, texts in lists)
-    if count > settings.max_texts:
-        names = " and ".join(f"`{name}`" for name, _ in lists)
-        raise TooLargeError(
-            f"{names} {'has' if len(lists) == 1 else 'have'} {count} items; at most {settings.max_texts} are allowed. "
-            "Send several requests, or raise EKIBEN_MAX_TEXTS on the server",
-            found=count,
-            limit=settings.max_texts,
-        )
-    for name, texts in [*lists, ("prompt_text", [request.prompt_text] if request.prompt_text else [])]:
-        for position, text in enumerate(texts):
-            field = f"{name}[{position}]" if name != "prompt_text" else name
-            if len(text) > settings.max_chars:
-                raise TooLargeError(
-                    f"`{field}` has {len(text)} characters; at most {settings.max_chars} are allowed. "
-                    "Split the text, or raise EKIBEN_MAX_CHARS on the server",
-                    field=field,
-                    found=len(text),
-                    limit=settings.max_chars,
-                )
-            if (problem := text_problem(text)) is not None:
-                raise InvalidRequestError(f"`{field}` {problem}; leave it out or repair it", field=field)
+class PredictResponse(Answer):
+    """The vector of one text."""
+
+    embedding: list[float]
+    model_version: str = Field(description="Version in the model registry, e.g. `3`.")
+    usage: Usage
 
 
-def _explain_malformed(body: bytes, error: orjson.JSONDecodeError) -> str:
-    if not body:
-        return "the body is empty; it must be a JSON object"
-    try:
-        body.decode("utf-8")
-    except UnicodeDecodeError as decode_error:
-        return (
-            f"the body is not UTF-8: byte {decode_error.start} is {body[decode_error.start]:#04x}; send JSON in UTF-8"
-        )
-    if re.search(rb"\\u[dD][89a-fA-F]", body) and "surrogate" in str(error):
-        return f"the body holds a lone surrogate, which is not valid Unicode text: {error}; repair the text"
-    return f"the body is not JSON: {error}"
+class PredictSimilarityResponse(Answer):
+    """How alike two texts are."""
+
+    similarity: float = Field(description="Cosine, -1..1.")
+    score: Annotated[float | None, ANY_NUMBER] = Field(
+        description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
+    )
+    model_version: str = Field(description="Version in the model registry, e.g. `3`.")
+    usage: Usage
 
 
-def _explain_invalid(model: type[BaseModel], error: ValidationError) -> InvalidRequestError:
-    """Name field, found and allowed of the first error, and list the others in the details."""
-    errors = [
-        {"field": _field(found["loc"]), "message": _explain_field(model, dict(found))} for found in error.errors()
-    ]
-    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return InvalidRequestError(f"{errors[0]['message']}{others}", errors=errors[:MAX_LISTED_ERRORS])
+class VectorList(RootModel[list[list[float]]]):
+    """One vector a text, in the order given."""
 
 
-def _explain_field(model: type[BaseModel], found: dict[str, Any]) -> str:
-    name = f"`{_field(found['loc'])}`"
-    match found["type"]:
-        case "missing":
-            return f"{name} is missing; the required fields are {', '.join(_required(model))}"
-        case "extra_forbidden":
-            return f"{name} is not a field of this route; its fields are {', '.join(model.model_fields)}"
-        case "too_short":
-            return f"{name} is an empty list; give at least one text"
-    allowed = found["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
-    return f"{name} is {_name_type(found['input'])}; it must be {allowed}"
+class Problem(BaseModel):
+    """Why the server is not ready."""
+
+    code: str
+    message: str
 
 
-def _field(loc: tuple[int | str, ...]) -> str:
-    """`('texts', 3)` -> `texts[3]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+class HealthResponse(BaseModel):
+    """What is served, and whether it may be trusted; only `status` and `error` are there while no model is loaded."""
 
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-def _name_type(value: Any) -> str:
-    """A value in JSON's words, shortened: `the number 3`, `null`, `a list`."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return f"the number {value}"
-        case str():
-            shown = value if len(value) <= MAX_QUOTED_CHARS else value[:MAX_QUOTED_CHARS] + "..."
-            return f"the string {shown!r}"
-        case list():
-            return "a list"
-    return "an object"
-
-
-def _required(model: type[BaseModel]) -> list[str]:
-    return [f"`{name}`" for name, field in model.model_fields.items() if field.is_required()]
+    status: Literal["ok", "unavailable"]
+    error: Annotated[Problem, Field(description="Why it is unavailable.")] | None = None
+    model: str = Field("", description="Tag of the model served.")
+    version: str = Field("", description="Its version in the model registry.")
+    run_id: str = Field("", description="The run that trained it.")
+    space_id: str = Field("", description="Vectors may be compared only when it is equal.")
+    precision: str = Field("", description="Which of the model's precisions computes, such as `fp32` or `int8`.")
+    dim: int = Field(0, description="Dimensions of a vector.")
+    max_tokens: int = Field(0, description="Tokens of a text that the model sees; the rest is cut off.")

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import bentoml
+import numpy as np
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from starlette.applications import Starlette
@@ -17,15 +18,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bentos.application import EnvelopedService, identify
+from bentos.access import ApiKeys
+from bentos.application import EnvelopedService
+from bentos.doors import DOORS_BY_PATH
 from bentos.encoder import Encoder
-from bentos.errors import LunchboxError, NotReadyError
-from bentos.http import Intake, answer, json_response
+from bentos.envelope import ServeErrors
+from bentos.errors import LunchboxError, NotReadyError, ServeError, SettingsError
+from bentos.http import json_response, render_error
 from bentos.lunchbox import open_lunchbox
-from bentos.schemas import EncodeRequest, EncodeResponse, SimilarityRequest, SimilarityResponse
+from bentos.machine import settle_memory
+from bentos.observer import Observer
+from bentos.openai import EmbeddingsRequest, EmbeddingsResponse
+from bentos.playground import make_routes
+from bentos.render import render
+from bentos.schemas import (
+    EncodeRequest,
+    EncodeResponse,
+    PredictRequest,
+    PredictResponse,
+    PredictSimilarityRequest,
+    PredictSimilarityResponse,
+    RankRequest,
+    RankResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+)
 from bentos.settings import ServeSettings
+from bentos.tracing import check_tracing
 
 SETTINGS = ServeSettings()
+WATCH_EVERY_S = 10.0
+MAX_BATCHED_TEXTS = 64  # of BentoML's own batching
 logger = logging.getLogger("bentos")
 
 
@@ -39,7 +62,24 @@ async def get_health(_: Request) -> Response:
     return json_response({"status": "unavailable", **content, "error": error}, NotReadyError.status)
 
 
-@bentoml.service(name="ekiben", service_class=EnvelopedService, workers=1, traffic={"timeout": 60})
+async def get_models(request: Request) -> Response:
+    """List the names of the model, or look one of them up, in OpenAI's shape."""
+    name = request.path_params.get("name")
+    try:
+        encoder = bentoml.get_current_service().get_encoder()
+        return json_response(encoder.list_models() if name is None else encoder.find_model(name))
+    except ServeError as error:
+        rendered = render_error(error, request.url.path)
+        return Response(rendered.body, error.status, rendered.headers, rendered.media_type)
+
+
+@bentoml.service(
+    name="ekiben",
+    service_class=EnvelopedService,
+    workers=1,
+    traffic={"timeout": SETTINGS.timeout_s},
+    logging={"access": {"enabled": False}},  # ours replaces it
+)
 class EmbeddingService:
     """Texts in, vectors or similarities out. Every answer names the model and the space of its vectors."""
 
@@ -47,49 +87,121 @@ class EmbeddingService:
 
     def __init__(self) -> None:
         self.encoder: Encoder | None = None
+        self.observer: Observer = SERVICE.observer
         self.refusal = "the model is still loading"
+        self.watch: asyncio.Task[None] | None = None
+
+    @bentoml.on_deployment
+    @staticmethod
+    def check_settings() -> None:
+        """Refuse to start with settings that cannot be had: once, before there is any worker."""
+        try:
+            ApiKeys(SETTINGS)
+            check_tracing(SETTINGS)
+        except SettingsError as error:
+            raise SystemExit(f"refused to start: {error}") from None
 
     @bentoml.on_startup
     async def load(self) -> None:
         """Open the lunchbox. A bad one does not end the server: it stays up, not ready, and says why."""
         try:
             path = Path(find_model().resolve().path)
-            self.encoder = Encoder(open_lunchbox(path, threads=SETTINGS.threads), SETTINGS)
+            precision = None if SETTINGS.precision == "default" else SETTINGS.precision
+            box = open_lunchbox(path, precision=precision, device=SETTINGS.device)
         except (BentoMLException, LunchboxError, OSError) as error:
             self.refusal = str(error)
             logger.error("not ready: %s", error)
             return
+        self.encoder = Encoder(box, SETTINGS, self.observer)
         await self.encoder.start()
+        self.observer.set_model(box.manifest, box.engine.precision)
+        settle_memory()
+        self.watch = asyncio.create_task(self.keep_watch(), name="ekiben-watch")
+
+    async def keep_watch(self) -> None:
+        """Ask the canary now and then, also when nobody asks for readiness: wrong vectors must stop by themselves."""
+        while True:
+            await self.find_problem()
+            await asyncio.sleep(WATCH_EVERY_S)
 
     @bentoml.on_shutdown
     async def unload(self) -> None:
-        """Finish the batch in flight."""
+        """Finish the batches in flight."""
+        if self.watch is not None:
+            self.watch.cancel()
         if self.encoder is not None:
             await self.encoder.stop()
+        if SERVICE.tracing is not None:
+            await asyncio.to_thread(SERVICE.tracing.close)
+
+    def get_encoder(self) -> Encoder:
+        """The model that is served.
+
+        Raises:
+            NotReadyError: when none is loaded.
+        """
+        if self.encoder is None:
+            raise NotReadyError(self.refusal)
+        return self.encoder
 
     async def find_problem(self) -> str | None:
         """Say why the server is not ready, or None when it is."""
-        return self.refusal if self.encoder is None else await self.encoder.find_problem()
+        problem = self.refusal if self.encoder is None else await self.encoder.find_problem()
+        self.observer.set_ready(problem is None)
+        return problem
 
     async def __is_ready__(self) -> bool:
         if (problem := await self.find_problem()) is not None:
-            raise NotReadyError(problem)  # Intake answers 503 with it; returning False would hide the reason
+            raise NotReadyError(problem)  # answered 503 with it; returning False would hide the reason
         return True
+
+    # The doors. http.py answers them before BentoML does; here they are declared, for the OpenAPI document, the clients
+    # and services that depend on this one.
 
     @bentoml.api(input_spec=EncodeRequest, output_spec=EncodeResponse)
     async def encode(self, **fields: Any) -> Response:
         """Embed texts: one vector a text, in the order given."""
-        return await answer(self._ask(Encoder.encode, EncodeRequest.model_construct(**fields)))
+        return await self._answer("/encode", fields)
 
     @bentoml.api(input_spec=SimilarityRequest, output_spec=SimilarityResponse)
     async def similarity(self, **fields: Any) -> Response:
         """Compare every text of `a` with every text of `b`, or pair by pair: cosines, and scores when calibrated."""
-        return await answer(self._ask(Encoder.similarity, SimilarityRequest.model_construct(**fields)))
+        return await self._answer("/similarity", fields)
 
-    async def _ask(self, question: Callable[[Encoder, Any], Awaitable[Any]], request: Any) -> Any:
-        if self.encoder is None:
-            raise NotReadyError(self.refusal)
-        return await question(self.encoder, request)
+    @bentoml.api(input_spec=RankRequest, output_spec=RankResponse)
+    async def rank(self, **fields: Any) -> Response:
+        """Put documents in order of likeness to a query."""
+        return await self._answer("/rank", fields)
+
+    @bentoml.api(route="/v1/embeddings", input_spec=EmbeddingsRequest, output_spec=EmbeddingsResponse)
+    async def openai_embeddings(self, **fields: Any) -> Response:
+        """Embed texts, in OpenAI's shape."""
+        return await self._answer("/v1/embeddings", fields)
+
+    @bentoml.api(input_spec=PredictRequest, output_spec=PredictResponse)
+    async def predict(self, **fields: Any) -> Response:
+        """Embed one text."""
+        return await self._answer("/predict", fields)
+
+    @bentoml.api(
+        route="/predict/similarity", input_spec=PredictSimilarityRequest, output_spec=PredictSimilarityResponse
+    )
+    async def predict_similarity(self, **fields: Any) -> Response:
+        """Compare two texts."""
+        return await self._answer("/predict/similarity", fields)
+
+    @bentoml.api(batchable=True, max_batch_size=MAX_BATCHED_TEXTS)
+    async def encode_batchable(self, texts: list[str]) -> list[list[float]]:
+        """Embed texts by BentoML's own adaptive batching, for comparison with /encode."""
+        vectors: np.ndarray[Any, Any] = await self.get_encoder().embed_texts(texts)
+        rows: list[list[float]] = vectors.tolist()
+        return rows
+
+    async def _answer(self, path: str, fields: dict[str, Any]) -> Response:
+        door = DOORS_BY_PATH[path]
+        question = getattr(self.get_encoder(), str(door.method))
+        rendered = render(await question(door.request.model_construct(**fields)))
+        return Response(rendered.body, media_type=rendered.media_type)
 
 
 SERVICE: Any = EmbeddingService  # the decorator has made it a service; mypy still sees the class
@@ -106,10 +218,15 @@ def find_model() -> BentoModel:
     return next(info.to_model() for info in bento.info.all_models)
 
 
-SERVICE.add_asgi_middleware(
-    Intake,
-    models={"/encode": EncodeRequest, "/similarity": SimilarityRequest},
-    settings=SETTINGS,
-    identity=identify,
+SERVICE.settings = SETTINGS
+SERVICE.add_asgi_middleware(ServeErrors)
+SERVICE.mount_asgi_app(
+    Starlette(
+        routes=[
+            Route("/health", get_health),
+            Route("/v1/models", get_models),
+            Route("/v1/models/{name:path}", get_models),
+            *make_routes(),
+        ]
+    )
 )
-SERVICE.mount_asgi_app(Starlette(routes=[Route("/health", get_health)]))

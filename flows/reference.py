@@ -1,10 +1,11 @@
-"""Write docs/configuration.md and .env.example from the params and settings classes: `make docs`, checked by a test.
+"""Write docs/configuration.md, docs/openapi.json and .env.example from the code: `make docs`, checked by a test.
 
 `python -m flows.reference --check` says whether the files are current and changes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from bentos.apidoc import build_document
 from bentos.settings import ServeSettings
 from flows.params import Params
 from flows.settings import PROJECT_ROOT, FlowSettings
@@ -75,10 +77,17 @@ def write_env_example() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def write_openapi() -> str:
+    """Render docs/openapi.json: what a server with the default settings says of itself before it knows its model."""
+    document = build_document(ServeSettings.model_construct())
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Every generated file with its content."""
     return {
         PROJECT_ROOT / "docs" / "configuration.md": write_configuration(),
+        PROJECT_ROOT / "docs" / "openapi.json": write_openapi(),
         PROJECT_ROOT / ".env.example": write_env_example(),
     }
 

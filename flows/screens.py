@@ -58,7 +58,8 @@ def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log:
     commands = {
         "vectors": curl(url, "encode", '{"texts": ["senior Go developer", "barista"]}'),
         "similarity": curl(url, "similarity", '{"a": ["senior Go developer"], "b": ["backend engineer", "barista"]}'),
-        "the API's page, in a browser": url,
+        "the playground, in a browser": f"{url}/ui",
+        "the API's page": url,
         "the runs, with metrics and plots": mlflow_command(settings),
         "the flows, with progress and gates": f"PREFECT_HOME={prefect_home} {_program('prefect')} server start",
         "the same Bento, without Ekiben": bento_command(lineage, settings),

@@ -13,6 +13,19 @@ TINY_DIM = 32
 TINY_MAX_TOKENS = 64
 TINY_RUN_ID = "0123456789abcdef0123456789abcdef"
 
+# Every kind of model that can be exported, beside the plain one: arguments of `make_tiny_model`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "other weights": {"seed": 1},
+    "cls and dense": {"pooling": "cls", "dense_dim": 16},
+    "max and layer norm": {"pooling": "max", "layer_norm": True},
+    "last token, raw, prompts": {
+        "pooling": "lasttoken",
+        "normalize": False,
+        "prompts": {"query": "query: "},
+        "default_prompt": "query",
+    },
+}
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 # Whole words that tests are likely to use; everything else in Latin letters is spelt with the pieces below.

@@ -1,10 +1,14 @@
-"""The batcher with a model whose answers can be written by hand: a text's vector is its ids' sum, and its length."""
+"""The batcher and its lanes, with a model whose answers can be written by hand.
+
+A text is a row of numbers, its ids; its vector is their sum and their count.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,177 +16,247 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bentos.batcher import Batcher
-from bentos.errors import NotReadyError, OverloadedError
+from bentos.batcher import Batcher, Limits
+from bentos.engine import TokenCount, TokenizedText
+from bentos.errors import DeadlineExceededError, NotReadyError, OverloadedError, TextTooLongError
+from bentos.observer import BatchRecord, Observer
 
-POISON = 666
+POISON, KILLER, HANGER = 666, 667, 668
+MAX_TOKENS = 30
 
 
 class FakeModel:
-    """Records its batches; waits at the gate when there is one; fails on poison."""
+    """Records its batches; waits at the gate when there is one; fails, dies or hangs on some numbers."""
 
-    def __init__(self, *, gated: bool = False) -> None:
-        self.batches: list[tuple[list[list[int]], bool]] = []
+    def __init__(self, *, gated: bool = False, lives: int = 0) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.tokenized: list[str] = []
         self.entered = threading.Semaphore(0)
         self.gate = threading.Semaphore(0 if gated else 1_000_000)
+        self.lives = lives  # how often a killer kills
+        self.awake = threading.Event()
 
-    def __call__(self, token_ids: list[Any], normalize: bool) -> np.ndarray:
-        self.batches.append(([list(ids) for ids in token_ids], normalize))
+    def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+        self.tokenized += texts
+        numbers = [[int(number) for number in text.split()] for text in texts]
+        return [TokenizedText(ids[:MAX_TOKENS], len(ids)) for ids in numbers]
+
+    def infer(self, token_ids: Sequence[Sequence[int]], *, normalize: bool | None = None) -> np.ndarray:
+        assert normalize is False
+        self.batches.append([list(ids) for ids in token_ids])
         self.entered.release()
         self.gate.acquire()
-        if any(POISON in ids for ids in token_ids):
+        numbers = {number for ids in token_ids for number in ids}
+        if POISON in numbers:
             raise ValueError("poison")
+        if KILLER in numbers and self.lives > 0:
+            self.lives -= 1
+            raise SystemExit
+        if HANGER in numbers and self.lives > 0:
+            self.lives -= 1
+            self.awake.wait(20)
         return np.array([expected(ids) for ids in token_ids], dtype=np.float32)
 
     @property
     def texts(self) -> list[list[int]]:
-        return [ids for batch, _ in self.batches for ids in batch]
+        return [ids for batch in self.batches for ids in batch]
 
-    async def wait_until_busy(self) -> None:
-        await asyncio.to_thread(self.entered.acquire)
+    async def wait_until_busy(self, threads: int = 1) -> None:
+        for _ in range(threads):
+            await asyncio.to_thread(self.entered.acquire)
 
 
-def expected(ids: list[int]) -> list[float]:
+class Notes(Observer):
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.batches: list[BatchRecord] = []
+        self.heard: list[tuple[Any, ...]] = []
+
+    def record_batch(self, record: BatchRecord) -> None:
+        self.batches.append(record)
+
+    def record_shed(self, reason: str) -> None:
+        self.heard.append(("shed", reason))
+
+    def record_cache(self, hits: int, misses: int) -> None:
+        self.heard.append(("cache", hits, misses))
+
+    def record_duplicates(self, texts: int) -> None:
+        self.heard.append(("duplicates", texts))
+
+    def record_lane_restart(self, lane: str) -> None:
+        self.heard.append(("restart", lane))
+
+    def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float) -> None:
+        self.heard.append(("queue", lane, texts, tokens))
+
+
+def expected(ids: Sequence[int]) -> list[float]:
     return [float(sum(ids)), float(len(ids))]
 
 
+def text(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
 def run(
-    test: Callable[[Batcher], Awaitable[None]], model: FakeModel, *, batch_tokens: int = 64, queue_texts: int = 100
+    test: Callable[[Batcher], Awaitable[None]], model: FakeModel, observer: Observer | None = None, **limits: Any
 ) -> None:
     async def main() -> None:
-        batcher = Batcher(model, batch_tokens=batch_tokens, queue_texts=queue_texts)
+        own = Limits(**{"threads": 1, "max_tokens": MAX_TOKENS, "batch_tokens": 64, **limits})
+        batcher = Batcher(model, own, observer)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher), timeout=20)
         finally:
             model.gate.release(1000)
+            model.awake.set()
             await batcher.stop()
 
     asyncio.run(main())
 
 
-def submit(batcher: Batcher, *texts: list[int], normalize: bool = True, urgent: bool = False) -> asyncio.Task[Any]:
-    return asyncio.create_task(batcher.submit(texts, normalize=normalize, urgent=urgent))
+def embed(batcher: Batcher, *texts: Sequence[int], **options: Any) -> asyncio.Task[Any]:
+    return asyncio.create_task(batcher.embed([text(ids) for ids in texts], **options))
 
 
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+async def settle(batcher: Batcher, texts: int) -> None:
+    """Wait until so many texts wait in the lanes."""
+    while sum(lane.texts for lane in batcher._lanes.values()) != texts:
+        await asyncio.sleep(0.001)
 
 
-request_lists = st.lists(
-    st.tuples(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=30), min_size=1, max_size=8), st.booleans()),
-    min_size=1,
-    max_size=10,
-)
+number_lists = st.lists(st.integers(1, 9), min_size=1, max_size=20)
+request_lists = st.lists(st.lists(number_lists, min_size=1, max_size=8), min_size=1, max_size=10)
 
 
 @settings(deadline=None, max_examples=50)
-@given(request_lists, st.integers(1, 80))
+@given(request_lists, st.integers(1, 80), st.integers(1, 8), st.integers(1, 3), st.sampled_from([0, 2000, 10**6]))
 def test_every_request_gets_its_own_vectors_in_order(
-    requests: list[tuple[list[list[int]], bool]], batch_tokens: int
+    requests: list[list[list[int]]], batch_tokens: int, batch_texts: int, threads: int, cache_bytes: int
 ) -> None:
     model = FakeModel()
 
     async def test(batcher: Batcher) -> None:
-        answers = await asyncio.gather(*(submit(batcher, *texts, normalize=unit) for texts, unit in requests))
-        for (texts, _), vectors in zip(requests, answers, strict=True):
-            assert vectors.tolist() == [expected(ids) for ids in texts]
+        answers = await asyncio.gather(*(embed(batcher, *texts) for texts in requests))
+        for texts, answer in zip(requests, answers, strict=True):
+            assert answer.vectors.tolist() == [expected(ids) for ids in texts]
+            assert answer.texts == [TokenCount(len(ids), truncated=False) for ids in texts]
 
-    run(test, model, batch_tokens=batch_tokens)
-    assert sorted(model.texts) == sorted(ids for texts, _ in requests for ids in texts)
-    for batch, normalize in model.batches:
+    run(
+        test,
+        model,
+        batch_tokens=batch_tokens,
+        batch_texts=batch_texts,
+        threads=threads,
+        cache_bytes=cache_bytes,
+    )
+    for batch in model.batches:
         assert len(batch) == 1 or max(map(len, batch)) * len(batch) <= batch_tokens
-        allowed = [ids for texts, unit in requests if unit == normalize for ids in texts]
-        assert all(ids in allowed for ids in batch)
 
 
 def test_an_idle_batcher_computes_at_once_and_a_busy_one_gathers() -> None:
-    model = FakeModel(gated=True)
+    model, notes = FakeModel(gated=True), Notes()
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
+        first = embed(batcher, [1])
         await model.wait_until_busy()
-        others = [submit(batcher, [n]) for n in range(2, 8)]
-        await settle()
+        others = [embed(batcher, [n]) for n in range(2, 8)]
+        await settle(batcher, 6)
         model.gate.release(2)
         await asyncio.gather(first, *others)
 
-    run(test, model)
-    assert [batch for batch, _ in model.batches] == [[[1]], [[2], [3], [4], [5], [6], [7]]]
+    run(test, model, notes)
+    assert model.batches == [[[1]], [[2], [3], [4], [5], [6], [7]]]
+    assert [(batch.lane, batch.texts, batch.tokens) for batch in notes.batches] == [
+        ("interactive", 1, 1),
+        ("interactive", 6, 6),
+    ]
 
 
-def test_the_text_whose_turn_it_is_goes_with_those_most_like_it() -> None:
+def test_token_ids_are_taken_as_they_are() -> None:
+    async def test(batcher: Batcher) -> None:
+        answer = await batcher.embed([[4, 5], "1 2 3"])
+        assert answer.vectors.tolist() == [[9.0, 2.0], [6.0, 3.0]]
+        assert answer.texts == [TokenCount(2, truncated=False), TokenCount(3, truncated=False)]
+
+    run(test, FakeModel())
+
+
+def test_short_requests_do_not_wait_for_long_ones() -> None:
     model = FakeModel(gated=True)
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
-        await model.wait_until_busy()
-        others = [submit(batcher, [length] * length) for length in (10, 1, 30, 9, 2, 11)]
-        await settle()
-        model.gate.release(100)
-        await asyncio.gather(first, *others)
-
-    run(test, model, batch_tokens=33)
-    assert [[len(ids) for ids in batch] for batch, _ in model.batches] == [[1], [10, 9, 11], [1, 2], [30]]
-
-
-def test_a_short_request_passes_a_long_one() -> None:
-    model = FakeModel(gated=True)
-
-    async def test(batcher: Batcher) -> None:
-        long = submit(batcher, *[[n] for n in range(50)])
-        await model.wait_until_busy()
-        short = submit(batcher, [100], [101])
-        await settle()
+        long = embed(batcher, *[[n] for n in range(10)])
+        await model.wait_until_busy()  # the only thread of the bulk lane
+        short = embed(batcher, [100])
+        await model.wait_until_busy()  # the interactive lane has its own
+        assert model.batches[1] == [[100]]
         model.gate.release(100)
         await asyncio.gather(long, short)
 
-    run(test, model, batch_tokens=2)
-    assert [100] in model.batches[1][0]
-    assert [101] in model.batches[2][0]
+    run(test, model, interactive_texts=4)
 
 
-def test_a_long_request_goes_on_however_many_short_ones_arrive() -> None:
+def test_duplicates_in_flight_are_computed_once() -> None:
+    model, notes = FakeModel(gated=True), Notes()
+
+    async def test(batcher: Batcher) -> None:
+        requests = [embed(batcher, [1], [2], [1]), embed(batcher, [2], [3])]
+        await model.wait_until_busy()
+        requests.append(embed(batcher, [1]))
+        await asyncio.sleep(0.01)
+        model.gate.release(100)
+        answers = await asyncio.gather(*requests)
+        assert [answer.vectors[:, 0].tolist() for answer in answers] == [[1, 2, 1], [2, 3], [1]]
+
+    run(test, model, notes)
+    assert sorted(model.texts) == [[1], [2], [3]]
+    assert [each[1] for each in notes.heard if each[0] == "duplicates"] == [1, 1, 1]
+
+
+def test_a_duplicate_outlives_the_request_that_brought_it() -> None:
     model = FakeModel(gated=True)
 
     async def test(batcher: Batcher) -> None:
-        long = submit(batcher, *[[1, n] for n in range(10)])
-        short = []
-        for n in range(40):
-            short += [submit(batcher, [2, n]), submit(batcher, [3, n])]  # more than the model can take
-            await model.wait_until_busy()
-            model.gate.release(1)
-            if long.done():
-                break
-        assert long.done()
-        model.gate.release(1000)
-        await asyncio.gather(*short)
+        first = embed(batcher, [9])
+        await model.wait_until_busy()
+        bringer, joiner = embed(batcher, [1]), embed(batcher, [1], [2])
+        await settle(batcher, 2)
+        bringer.cancel()
+        await asyncio.sleep(0)
+        model.gate.release(100)
+        assert (await joiner).vectors[:, 0].tolist() == [1, 2]
+        await first
 
-    run(test, model, batch_tokens=2)
+    run(test, model)
 
 
-def test_a_text_above_the_budget_is_computed_alone() -> None:
-    model = FakeModel()
+def test_the_cache_answers_without_the_model() -> None:
+    model, notes = FakeModel(), Notes()
 
     async def test(batcher: Batcher) -> None:
-        assert len(await batcher.submit([[1] * 500, [2]], normalize=True)) == 2
+        for _ in range(3):
+            answer = await embed(batcher, [1, 2], [3])
+            assert answer.vectors.tolist() == [[3, 2], [3, 1]]
+            assert answer.texts == [TokenCount(2, truncated=False), TokenCount(1, truncated=False)]
 
-    run(test, model, batch_tokens=10)
-    assert [len(batch) for batch, _ in model.batches] == [1, 1]
+    run(test, model, notes, cache_bytes=100_000)
+    assert sorted(model.texts) == [[1, 2], [3]]
+    assert [each[1:] for each in notes.heard if each[0] == "cache"] == [(0, 2), (2, 0), (2, 0)]
 
 
 def test_a_cancelled_request_is_never_computed() -> None:
     model = FakeModel(gated=True)
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
+        first = embed(batcher, [1])
         await model.wait_until_busy()
-        dead, alive = submit(batcher, [2], [3]), submit(batcher, [4])
-        await settle()
+        dead, alive = embed(batcher, [2], [3]), embed(batcher, [4])
+        await settle(batcher, 3)
         dead.cancel()
-        await settle()
-        assert batcher.texts_waiting == 1
+        await settle(batcher, 1)
         model.gate.release(100)
         await asyncio.gather(first, alive)
         with pytest.raises(asyncio.CancelledError):
@@ -192,29 +266,35 @@ def test_a_cancelled_request_is_never_computed() -> None:
     assert model.texts == [[1], [4]]
 
 
-def test_a_request_cancelled_in_the_same_moment_as_a_batch_is_taken_is_not_computed() -> None:
-    model = FakeModel()
+def test_a_request_past_its_deadline_fails_and_is_not_computed() -> None:
+    model, notes = FakeModel(gated=True), Notes()
 
     async def test(batcher: Batcher) -> None:
-        dead, alive = submit(batcher, [2]), submit(batcher, [4])
-        await asyncio.sleep(0)  # both have submitted; the batcher has not run yet
-        dead.cancel()
-        await alive
+        first = embed(batcher, [1])
+        await model.wait_until_busy()
+        with pytest.raises(DeadlineExceededError):
+            await embed(batcher, [2], deadline=time.monotonic() + 0.05)
+        await settle(batcher, 0)
+        model.gate.release(100)
+        await first
 
-    run(test, model)
-    assert model.texts == [[4]]
+    run(test, model, notes)
+    assert model.texts == [[1]]
+    assert ("shed", "deadline") in notes.heard
 
 
-def test_a_request_cancelled_while_computed_harms_nobody() -> None:
+def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once() -> None:
     model = FakeModel(gated=True)
 
     async def test(batcher: Batcher) -> None:
-        dead = submit(batcher, [1], [2])
+        first = embed(batcher, [1])
         await model.wait_until_busy()
-        dead.cancel()
-        await settle()
-        model.gate.release(100)
-        assert (await batcher.submit([[5]], normalize=True)).tolist() == [[5.0, 1.0]]
+        waiting = [embed(batcher, [n, *[1] * 29]) for n in range(50)]
+        await settle(batcher, 50)
+        with pytest.raises(OverloadedError, match="longer than its time limit allows"):
+            await embed(batcher, [2], deadline=time.monotonic() + 0.001)
+        model.gate.release(1000)
+        await asyncio.gather(first, *waiting)
 
     run(test, model)
 
@@ -223,103 +303,191 @@ def test_one_failing_text_fails_its_own_request_only() -> None:
     model = FakeModel(gated=True)
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
+        first = embed(batcher, [1])
         await model.wait_until_busy()
-        guilty, *innocent = submit(batcher, [7], [POISON]), submit(batcher, [2], [3]), submit(batcher, [4])
-        await settle()
+        guilty, *innocent = embed(batcher, [7], [POISON]), embed(batcher, [2], [3]), embed(batcher, [4])
+        await settle(batcher, 5)
         model.gate.release(100)
         await asyncio.gather(first, *innocent)
         with pytest.raises(ValueError, match="poison"):
             await guilty
-        assert (await batcher.submit([[5]], normalize=True)).tolist() == [[5.0, 1.0]]
+        assert (await embed(batcher, [5])).vectors.tolist() == [[5.0, 1.0]]
 
     run(test, model)
 
 
-def test_a_model_that_loses_vectors_is_an_error_and_not_a_shifted_answer() -> None:
-    async def main() -> None:
-        batcher = Batcher(lambda ids, _: np.zeros((len(ids) - 1, 2), np.float32), batch_tokens=64, queue_texts=10)
-        batcher.start()
-        with pytest.raises(RuntimeError, match="0 vectors for 1 texts"):
-            await batcher.submit([[1]], normalize=True)
-        await batcher.stop()
+def test_a_request_may_be_refused_for_its_lengths_without_harm_to_others() -> None:
+    model = FakeModel(gated=True)
 
-    asyncio.run(main())
+    def refuse(counts: Sequence[TokenCount]) -> None:
+        assert [count.tokens_total for count in counts] == [1, 40]
+        raise TextTooLongError("too long")
+
+    async def test(batcher: Batcher) -> None:
+        first = embed(batcher, [9])
+        await model.wait_until_busy()
+        refused = embed(batcher, [1], [2] * 40, inspect=refuse)
+        joined = embed(batcher, [2] * 40)
+        with pytest.raises(TextTooLongError):
+            await refused
+        await settle(batcher, 1)
+        model.gate.release(100)
+        answer = await joined
+        assert answer.texts == [TokenCount(40, truncated=True)]
+        await first
+
+    run(test, model)
+    assert model.texts == [[9], [2] * MAX_TOKENS]
+
+
+def test_a_model_that_loses_vectors_is_an_error_and_not_a_shifted_answer() -> None:
+    class Loser(FakeModel):
+        def infer(self, token_ids: Sequence[Sequence[int]], *, normalize: bool | None = None) -> np.ndarray:
+            return np.zeros((len(token_ids) - 1, 2), np.float32)
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(RuntimeError, match="0 vectors for 1 texts"):
+            await embed(batcher, [1])
+
+    run(test, Loser())
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    model = FakeModel(gated=True)
+    model, notes = FakeModel(gated=True), Notes()
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
+        first = embed(batcher, [1])  # an estimate of one token each
         await model.wait_until_busy()
-        waiting = submit(batcher, [2], [3], [4])
-        await settle()
-        with pytest.raises(OverloadedError, match="3 texts are waiting and the request has 3; at most 5") as caught:
-            await batcher.submit([[5], [6], [7]], normalize=True)
+        waiting = embed(batcher, [2], [3], [4])
+        await settle(batcher, 3)
+        with pytest.raises(OverloadedError, match=r"4 tokens are waiting .* at most 5 may wait") as caught:
+            await embed(batcher, [5], [6])
         assert 1 <= caught.value.details["retry_after_s"] <= 60
-        small = submit(batcher, [8], [9])
-        urgent = submit(batcher, [10], urgent=True)
-        await settle()
+        small, urgent = embed(batcher, [8]), embed(batcher, [10], [11], urgent=True)
+        bulk = embed(batcher, *[[n] for n in range(20, 26)])  # the other lane has room of its own
+        await settle(batcher, 3 + 1 + 2 + 5)  # the bulk thread has one in hand
         model.gate.release(100)
-        await asyncio.gather(first, waiting, small, urgent)
+        await asyncio.gather(first, waiting, small, urgent, bulk)
 
-    run(test, model, queue_texts=5)
+    run(test, model, notes, queue_tokens={"interactive": 5, "bulk": 5}, batch_texts=1)
+    assert ("shed", "queue") in notes.heard
 
 
-def test_texts_that_are_being_tokenized_take_room_in_the_queue() -> None:
+def test_a_request_larger_than_the_queue_finds_room_when_it_is_empty() -> None:
     async def test(batcher: Batcher) -> None:
-        with batcher.reserve(4):
-            with pytest.raises(OverloadedError, match="4 texts are waiting and the request has 2"), batcher.reserve(2):
-                pass
-            with pytest.raises(OverloadedError):
-                await batcher.submit([[1], [2]], normalize=True)
-            await batcher.submit([[1]], normalize=True)
-        with batcher.reserve(5):
-            pass
+        for _ in range(2):  # the first one has left the books
+            assert len((await embed(batcher, *[[n] for n in range(50)])).vectors) == 50
 
-    run(test, FakeModel(), queue_texts=5)
+    run(test, FakeModel(), queue_tokens={"interactive": 5, "bulk": 5})
 
 
-def test_an_urgent_request_goes_to_the_head_of_the_queue() -> None:
-    model = FakeModel(gated=True)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_replaced_and_its_texts_are_computed() -> None:
+    model, notes = FakeModel(lives=1), Notes()
 
     async def test(batcher: Batcher) -> None:
-        first = submit(batcher, [1])
+        answer = await embed(batcher, [KILLER], [1])
+        assert answer.vectors.tolist() == [[KILLER, 1], [1, 1]]
+        assert (await embed(batcher, [5])).vectors.tolist() == [[5.0, 1.0]]
+
+    run(test, model, notes)
+    assert notes.heard.count(("restart", "interactive")) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_text_that_kills_every_thread_is_given_up() -> None:
+    model, notes = FakeModel(lives=100), Notes()
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(NotReadyError, match="ended twice"):
+            await embed(batcher, [KILLER])
+        assert (await embed(batcher, [5])).vectors.tolist() == [[5.0, 1.0]]
+
+    run(test, model, notes)
+    assert notes.heard.count(("restart", "interactive")) == 2
+
+
+def test_a_thread_that_hangs_is_replaced_and_its_late_answer_is_not_heard() -> None:
+    model, notes = FakeModel(lives=1), Notes()
+
+    async def test(batcher: Batcher) -> None:
+        answer = await embed(batcher, [HANGER])
+        assert answer.vectors.tolist() == [[HANGER, 1]]
+        model.awake.set()
+        assert (await embed(batcher, [5])).vectors.tolist() == [[5.0, 1.0]]
+
+    run(test, model, notes, stall_s=0.2)
+    assert notes.heard.count(("restart", "interactive")) == 1
+    assert model.texts == [[HANGER], [HANGER], [5]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tokenizer_that_dies_fails_one_request_and_is_replaced() -> None:
+    class Dying(FakeModel):
+        def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+            if texts == [str(KILLER)]:
+                raise SystemExit
+            return super().tokenize(texts)
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(NotReadyError, match="the tokenizer ended"):
+            await embed(batcher, [KILLER])
+        assert (await embed(batcher, [5])).vectors.tolist() == [[5.0, 1.0]]
+
+    run(test, Dying())
+
+
+def test_a_long_request_is_tokenized_in_turns_with_short_ones_between() -> None:
+    model = FakeModel()
+
+    async def test(batcher: Batcher) -> None:
+        long = asyncio.create_task(batcher.embed([f"{n} " * 15_000 for n in range(10)]))
+        await asyncio.sleep(0)
+        short = embed(batcher, [77])
+        await asyncio.gather(long, short)
+
+    run(test, model)
+    assert model.tokenized.index("77") < 9
+
+
+def test_what_waits_is_told() -> None:
+    model, notes = FakeModel(gated=True), Notes()
+
+    async def test(batcher: Batcher) -> None:
+        first = embed(batcher, [1])
         await model.wait_until_busy()
-        others = [submit(batcher, [n]) for n in (2, 3)]
-        await settle()
-        urgent = submit(batcher, [8], [9], urgent=True)
-        await settle()
+        others = embed(batcher, [2, 3], [4])
+        await settle(batcher, 2)
+        batcher.report_queues()
+        assert ("queue", "interactive", 2, 3) in notes.heard
         model.gate.release(100)
-        await asyncio.gather(first, urgent, *others)
+        await asyncio.gather(first, others)
 
-    run(test, model, batch_tokens=1)
-    assert model.texts == [[1], [8], [9], [2], [3]]
+    run(test, model, notes)
 
 
-def test_stopping_finishes_the_batch_in_flight_and_refuses_the_rest() -> None:
+def test_stopping_finishes_the_batches_in_flight_and_refuses_the_rest() -> None:
     model = FakeModel(gated=True)
 
     async def main() -> None:
-        batcher = Batcher(model, batch_tokens=64, queue_texts=10)
+        batcher = Batcher(model, Limits(threads=1, max_tokens=MAX_TOKENS))
         with pytest.raises(NotReadyError):
-            await batcher.submit([[1]], normalize=True)
+            await batcher.embed(["1"])
         batcher.start()
-        in_flight = submit(batcher, [1])
+        in_flight = embed(batcher, [1])
         await model.wait_until_busy()
-        waiting = submit(batcher, [2])
-        await settle()
+        waiting = embed(batcher, [2])
+        await settle(batcher, 1)
         stopping = asyncio.create_task(batcher.stop())
-        await settle()
+        await asyncio.sleep(0.05)
         model.gate.release(100)
         await stopping
-        assert (await in_flight).tolist() == [[1.0, 1.0]]
+        assert (await in_flight).vectors.tolist() == [[1.0, 1.0]]
         with pytest.raises(NotReadyError):
             await waiting
         with pytest.raises(NotReadyError):
-            await batcher.submit([[3]], normalize=True)
+            await batcher.embed(["3"])
 
     asyncio.run(main())
     assert model.texts == [[1]]
-    assert not any(thread.name.startswith("ekiben-infer") and thread.is_alive() for thread in threading.enumerate())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ekiben-") and thread.is_alive()]

@@ -43,7 +43,8 @@ def test_a_bento_holds_the_servers_modules_and_nothing_else(bento_path: Path) ->
     source = bento_path / "src"
     packed = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     packed = {path for path in packed if "__pycache__" not in path}  # left by the servers of other tests
-    assert packed == {"bentofile.yaml", *(f"bentos/{path.name}" for path in (ROOT / "bentos").glob("*.py"))}
+    server = [*(ROOT / "bentos").glob("*.py"), *(ROOT / "bentos" / "ui").iterdir()]
+    assert packed == {"bentofile.yaml", *(path.relative_to(ROOT).as_posix() for path in server)}
 
 
 def test_every_version_is_the_one_that_was_tested(bentofile: dict[str, Any]) -> None:

@@ -1,24 +1,34 @@
-"""What /encode and /similarity mean, without HTTP; real model."""
+"""What each door means, without HTTP; real model."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bentos.encoder import CHECK_EVERY_S, Encoder
-from bentos.engine import Engine, TokenizedText
-from bentos.errors import InvalidRequestError, NotReadyError, OverloadedError, TextTooLongError, UnknownModelError
+from bentos.engine import Engine
+from bentos.errors import InvalidRequestError, NotReadyError, TextTooLongError, TooLargeError, UnknownModelError
 from bentos.lunchbox import open_lunchbox
 from bentos.manifest import Calibration, read_manifest, write_manifest
-from bentos.schemas import EncodeRequest, SimilarityRequest
+from bentos.render import Base64Rows, render
+from bentos.schemas import (
+    EncodeRequest,
+    PredictRequest,
+    PredictSimilarityRequest,
+    RankRequest,
+    SimilarityRequest,
+)
 from bentos.settings import ServeSettings
+from bentos.vectors import cosine_matrix
 
 LONG = "long " * 500
 
@@ -82,7 +92,9 @@ def test_an_unknown_prompt_names_the_known_ones(box: Path) -> None:
 
 def test_base64_holds_the_same_numbers_as_float(box: Path) -> None:
     plain, packed = encode(box, texts=["bread", "milk"]), encode(box, texts=["bread", "milk"], encoding="base64")
-    unpacked = [np.frombuffer(base64.b64decode(text), "<f4") for text in packed["embeddings"]]
+    assert isinstance(packed["embeddings"], Base64Rows)
+    strings = json.loads(render(packed).body)["embeddings"]
+    unpacked = [np.frombuffer(base64.b64decode(text), "<f4") for text in strings]
     np.testing.assert_allclose(unpacked, plain["embeddings"], atol=1e-6)
 
 
@@ -142,45 +154,150 @@ def test_an_uncalibrated_model_gives_no_scores(box: Path) -> None:
     assert answer["decision_threshold"] is None
 
 
-def test_more_than_the_queue_holds_is_refused(box: Path) -> None:
+def unpack(answer: dict[str, Any]) -> npt.NDArray[Any]:
+    """The embeddings of an answer of /encode as they would arrive."""
+    return np.array(json.loads(render(answer).body)["embeddings"], dtype=np.float64)
+
+
+def test_smaller_numbers_point_the_same_way(box: Path, engine: Engine) -> None:
+    texts = ["bread", "a fast train", "milk and eggs"]
+    exact = encode(box, texts=texts)["embeddings"]
+    for dtype, error in (("float16", 1e-6), ("int8", 1e-3)):
+        rows = unpack(encode(box, texts=texts, dtype=dtype))
+        assert np.diag(cosine_matrix(rows, exact)).min() > 1 - error
+    assert np.abs(unpack(encode(box, texts=texts, dtype="int8"))).max(axis=1).tolist() == [127, 127, 127]
+
+
+def test_every_text_may_have_so_many_tokens_and_no_more_when_the_server_says_so(box: Path) -> None:
+    limited = {"max_text_tokens": 5}
+    assert encode(box, texts=["milk"], prompt_text="", settings=limited)["usage"]["tokens"] == [3]
+    with pytest.raises(
+        TooLargeError, match=r"`texts\[1\]` has 8 tokens; at most 5 are .*EKIBEN_MAX_TEXT_TOKENS"
+    ) as caught:
+        encode(box, texts=["milk", "one two three four five six"], prompt_text="", settings=limited)
+    assert caught.value.details == {"field": "texts[1]", "found": 8, "limit": 5}
+
+
+@pytest.mark.parametrize("cache_mb", [0, 1])
+def test_the_length_is_checked_for_texts_that_are_cached_or_under_way_too(box: Path, cache_mb: int) -> None:
     async def test(encoder: Encoder) -> None:
-        requests = [encoder.encode(EncodeRequest(texts=[LONG, LONG])) for _ in range(20)]
-        answers = await asyncio.gather(*requests, return_exceptions=True)
-        refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
-        served = [answer for answer in answers if isinstance(answer, dict)]
-        assert refused
-        assert served
-        assert len(refused) + len(served) == 20
-        await encoder.encode(EncodeRequest(texts=["bread"]))
+        tolerant, strict = EncodeRequest(texts=[LONG]), EncodeRequest(texts=["milk", LONG], on_overflow="error")
+        answers = await asyncio.gather(*map(encoder.encode, (tolerant, strict)), return_exceptions=True)
+        assert isinstance(answers[0], dict)
+        assert isinstance(answers[1], TextTooLongError)
+        with pytest.raises(TextTooLongError, match=r"`texts\[1\]`"):
+            await encoder.encode(strict)
 
-    run(box, test, queue_texts=3, max_texts=2, batch_tokens=1)
+    run(box, test, cache_mb=cache_mb)
 
 
-def test_a_request_of_megabytes_is_tokenized_in_turns_and_lets_short_ones_pass(
-    box: Path, monkeypatch: pytest.MonkeyPatch
+# --- /rank
+
+
+def rank(box: Path, **request: Any) -> dict[str, Any]:
+    return run(box, lambda encoder: encoder.rank(RankRequest(**request)))  # type: ignore[no-any-return]
+
+
+def test_a_ranking_puts_the_most_alike_first_with_prompts_of_their_own(box: Path, engine: Engine) -> None:
+    documents = ["bread", "a fast train", "window", "bread"]
+    answer = rank(box, query="bread and milk", documents=documents, ids=["a", "b", 7, "d"])
+    query, *others = engine.embed(["find: bread and milk", *(f"text: {text}" for text in documents)])
+    cosines = np.array(others) @ query
+    order = sorted(range(4), key=lambda index: (-cosines[index], index))
+    assert [result["index"] for result in answer["results"]] == order
+    assert [result["id"] for result in answer["results"]] == [["a", "b", 7, "d"][index] for index in order]
+    np.testing.assert_allclose([result["similarity"] for result in answer["results"]], cosines[order], atol=1e-5)
+    assert engine.manifest.calibration is not None
+    scores = [result["score"] for result in answer["results"]]
+    np.testing.assert_allclose(scores, engine.manifest.calibration.apply(cosines[order]), atol=1e-5)
+    assert answer["usage"]["query"]["tokens"] == [len(engine.tokenize(["find: bread and milk"])[0].ids)]
+    assert len(answer["usage"]["documents"]["tokens"]) == 4
+
+
+def test_equal_documents_stay_in_the_order_given(box: Path) -> None:
+    results = rank(box, query="milk", documents=["bread"] * 5, document_prompt_text="")["results"]
+    assert [result["index"] for result in results] == [0, 1, 2, 3, 4]
+    assert all("id" not in result for result in results)
+
+
+def test_top_k_keeps_the_best_and_may_be_more_than_there_are(box: Path) -> None:
+    documents = ["bread", "a fast train", "milk"]
+    every = rank(box, query="milk", documents=documents)["results"]
+    assert rank(box, query="milk", documents=documents, top_k=2)["results"] == every[:2]
+    assert rank(box, query="milk", documents=documents, top_k=99)["results"] == every
+
+
+@pytest.mark.parametrize(
+    ("prompts", "embedded"),
+    [
+        ({"query_prompt": "document"}, ("text: milk", "text: bread")),
+        ({"query_prompt_text": "q "}, ("q milk", "text: bread")),
+        ({"query_prompt_text": "", "document_prompt_text": ""}, ("milk", "bread")),
+        ({"document_prompt": "query"}, ("find: milk", "find: bread")),
+    ],
+)
+def test_a_ranking_takes_other_prompts(
+    box: Path, engine: Engine, prompts: dict[str, str], embedded: tuple[str, str]
 ) -> None:
-    turns: list[list[str]] = []
-    tokenize = Engine.tokenize
+    (result,) = rank(box, query="milk", documents=["bread"], **prompts)["results"]
+    query, document = engine.embed(embedded)
+    assert result["similarity"] == pytest.approx(query @ document, abs=1e-5)
 
-    def recorded(self: Engine, texts: Sequence[str]) -> list[TokenizedText]:
-        turns.append(list(texts))
-        return tokenize(self, texts)
 
-    monkeypatch.setattr(Engine, "tokenize", recorded)
-    texts = [f"{number} " + "long " * 6000 for number in range(12)] + ["very long " * 9000]
+def test_without_prompts_of_its_own_a_ranking_takes_the_default(box: Path, engine: Engine) -> None:
+    update = {"prompts": {"passage": "say: "}, "default_prompt": "passage", "calibration": None}
+    write_manifest(box, read_manifest(box).model_copy(update=update))
+    (result,) = rank(box, query="milk", documents=["bread"])["results"]
+    query, document = engine.embed(["say: milk", "say: bread"])
+    assert result["similarity"] == pytest.approx(query @ document, abs=1e-5)
+    assert result["score"] is None
 
-    async def both(encoder: Encoder) -> dict[str, Any]:
-        turns.clear()
-        large = asyncio.create_task(encoder.encode(EncodeRequest(texts=texts)))
-        await asyncio.sleep(0)  # it has begun
-        await encoder.encode(EncodeRequest(texts=["short"], prompt_text=""))
-        return await large
 
-    answer = run(box, both)
-    assert turns.index(["short"]) < len(turns) - 1
-    assert [len(turn) for turn in turns if turn != ["short"]] == [2] * 6 + [1]
-    assert answer["usage"]["truncated"] == list(range(13))
-    np.testing.assert_allclose(answer["embeddings"][11], encode(box, texts=[texts[11]])["embeddings"][0], atol=1e-5)
+def test_an_unknown_prompt_of_a_ranking_is_named_by_its_field(box: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"`document_prompt` is 'x'.* as `document_prompt_text`"):
+        rank(box, query="milk", documents=["bread"], document_prompt="x")
+
+
+# --- /predict
+
+
+def test_predict_gives_one_vector_and_the_version(box: Path, engine: Engine) -> None:
+    answer = run(box, lambda encoder: encoder.predict(PredictRequest(text=" bread ")))
+    np.testing.assert_allclose(answer["embedding"], engine.embed(["text: bread"])[0], atol=1e-5)
+    assert (answer["model"], answer["model_version"]) == (engine.manifest.tag, engine.manifest.version)
+    assert answer["usage"]["total_tokens"] == len(engine.tokenize(["text: bread"])[0].ids)
+
+
+def test_predict_similarity_gives_cosine_and_score(box: Path, engine: Engine) -> None:
+    request = PredictSimilarityRequest(text_a="bread", text_b="a fast train")
+    answer = run(box, lambda encoder: encoder.predict_similarity(request))
+    a, b = engine.embed(["text: bread", "text: a fast train"])
+    assert answer["similarity"] == pytest.approx(a @ b, abs=1e-5)
+    assert engine.manifest.calibration is not None
+    assert answer["score"] == pytest.approx(float(engine.manifest.calibration.apply(a @ b)), abs=1e-5)
+    assert (answer["model_version"], len(answer["usage"]["tokens"])) == (engine.manifest.version, 2)
+
+
+def test_the_version_may_be_named_in_many_ways_and_another_one_not(box: Path) -> None:
+    manifest = read_manifest(box)
+    for version in (manifest.version, f"v{manifest.version}", manifest.run_id, manifest.tag):
+        request = PredictRequest(text="bread", model_version=version)
+        assert run(box, lambda encoder, r=request: encoder.predict(r))["model_version"] == manifest.version
+    for request in (
+        PredictRequest(text="bread", model_version="99"),
+        PredictSimilarityRequest(text_a="a", text_b="b", model_version="99"),
+    ):
+        method = Encoder.predict if isinstance(request, PredictRequest) else Encoder.predict_similarity
+        with pytest.raises(UnknownModelError, match="`model_version` is '99', but ekiben:1-01234567 is served"):
+            run(box, lambda encoder, m=method, r=request: m(encoder, r))
+
+
+def test_plain_texts_get_the_vectors_of_encode(box: Path) -> None:
+    rows = run(box, lambda encoder: encoder.embed_texts(["bread", LONG]))
+    np.testing.assert_allclose(rows, encode(box, texts=["bread", LONG])["embeddings"], atol=1e-6)
+
+
+# --- readiness
 
 
 def test_wrong_canary_vectors_stop_all_answers(box: Path) -> None:

@@ -1,204 +1,346 @@
-"""The two middlewares, around applications of a few lines."""
+"""The frontend over a real encoder with a tiny model, and over one that fails as it is told to."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
+from pydantic import SecretStr
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import JSONResponse, PlainTextResponse
 
+from bentos.access import ApiKeys
+from bentos.encoder import Encoder
 from bentos.errors import NotReadyError, OverloadedError
-from bentos.http import Envelope, Intake, answer, list_paths
-from bentos.schemas import EncodeRequest
+from bentos.http import Frontend
+from bentos.lunchbox import Lunchbox, open_lunchbox
+from bentos.metrics import ServeMetrics
 from bentos.settings import ServeSettings
 
 SETTINGS = ServeSettings(max_body_bytes=1024, max_texts=4)
 JSON = {"content-type": "application/json"}
+KEY = "0123456789abcdef-the-key"
+HELLO = {"texts": ["hello"]}
 
 
-async def echo(request: Request) -> Response:
-    return JSONResponse(json.loads(await request.body()))
+async def inner(scope: Any, receive: Any, send: Any) -> None:
+    """Stands for BentoML's application: echoes what a batchable door gets."""
+    if scope["path"] == "/encode_batchable":
+        return await JSONResponse(json.loads(await Request(scope, receive).body()))(scope, receive, send)
+    if scope["path"] == "/livez":
+        return await PlainTextResponse("", 200)(scope, receive, send)
+    return await PlainTextResponse("Not Found", 404)(scope, receive, send)
 
 
-async def break_down(_: Request) -> Response:
-    return PlainTextResponse("Internal Server Error", 500)
+@pytest.fixture(scope="module")
+def box(tiny_lunchbox_path: Path) -> Lunchbox:
+    return open_lunchbox(tiny_lunchbox_path)
 
 
-async def refuse(_: Request) -> Response:
-    raise NotReadyError("the canary died")
+@pytest.fixture
+def metrics() -> Iterator[ServeMetrics]:
+    return ServeMetrics({"/encode", "/livez", "/v1/models/{name}"})  # type: ignore[return-value]
 
 
-def wrap(inner: Any) -> Envelope:
-    return Envelope(Intake(inner, **OPTIONS), {"/encode"}, OPTIONS["identity"])
+Use = Callable[[httpx.AsyncClient, Encoder], Awaitable[None]]
 
 
-OPTIONS: dict[str, Any] = {
-    "models": {"/encode": EncodeRequest},
-    "settings": SETTINGS,
-    "identity": lambda: ("ekiben:1", "abc"),
-}
-ROUTES = [Route("/encode", echo, methods=["POST"]), Route("/broken", break_down), Route("/refused", refuse)]
-INNER = Starlette(routes=ROUTES, middleware=[Middleware(Intake, **OPTIONS)])  # as BentoML does it
-APP = Envelope(INNER, list_paths(ROUTES), OPTIONS["identity"])
+def serve(box: Lunchbox, metrics: ServeMetrics, use: Use, settings: ServeSettings = SETTINGS) -> None:
+    """Run `use` with a client of a frontend, and the encoder behind it."""
+
+    async def main() -> None:
+        encoder = Encoder(box, settings, metrics)
+        await encoder.start()
+        app = Frontend(
+            inner,
+            known_paths={"/encode", "/encode_batchable", "/livez"},
+            get_encoder=lambda: encoder,
+            settings=settings,
+            keys=ApiKeys(settings),
+            metrics=metrics,
+        )
+        try:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+                await use(client, encoder)
+        finally:
+            await encoder.stop()
+
+    asyncio.run(main())
 
 
-def ask(method: str, path: str, app: Any = APP, **options: Any) -> httpx.Response:
-    async def main() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.request(method, path, **options)
+def ask(
+    box: Lunchbox, metrics: ServeMetrics, method: str, path: str, settings: ServeSettings = SETTINGS, **options: Any
+) -> httpx.Response:
+    responses: list[httpx.Response] = []
 
-    return asyncio.run(main())
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        responses.append(await client.request(method, path, **options))
 
-
-def test_a_good_request_passes_unchanged_and_gets_the_headers() -> None:
-    response = ask("POST", "/encode", json={"texts": ["a", "ö"]})
-    assert (response.status_code, response.json()) == (200, {"texts": ["a", "ö"]})
-    assert response.headers["x-ekiben-model"] == "ekiben:1"
-    assert response.headers["x-ekiben-space"] == "abc"
+    serve(box, metrics, use, settings)
+    return responses[0]
 
 
-def test_an_error_of_others_gets_our_shape_and_the_headers() -> None:
-    response = ask("GET", "/broken")
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "internal"
-    assert int(response.headers["content-length"]) == len(response.content)
-    assert response.headers["x-ekiben-space"] == "abc"
+def count(metrics: ServeMetrics, route: str, code: int) -> float | None:
+    return metrics.registry.get_sample_value("ekiben_requests_total", {"route": route, "code": str(code)})
 
 
-def test_an_error_raised_by_any_route_gets_our_shape() -> None:
-    response = ask("GET", "/refused")
-    assert (response.status_code, response.json()) == (
-        503,
-        {"error": {"code": "not_ready", "message": "the canary died"}},
-    )
+def test_a_door_answers_with_the_headers_and_is_counted(box: Lunchbox, metrics: ServeMetrics) -> None:
+    response = ask(box, metrics, "POST", "/encode", json=HELLO, headers={"X-Request-Id": "my-id.1"})
+    assert response.status_code == 200
+    np.testing.assert_allclose(response.json()["embeddings"], box.engine.embed(["hello"]), atol=1e-5)
+    assert response.headers["x-ekiben-model"] == box.manifest.tag
+    assert response.headers["x-ekiben-space"] == box.manifest.space_id
+    assert response.headers["x-request-id"] == "my-id.1"
+    assert count(metrics, "/encode", 200) == 1
+    assert metrics.registry.get_sample_value("ekiben_texts_total") == 1
 
 
-def test_unknown_paths_are_one_path_to_the_application_and_named_to_the_caller() -> None:
-    seen: list[str] = []
+def test_ids_are_made_where_none_or_a_bad_one_came(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        ids = [(await client.post("/encode", json=HELLO)).headers["x-request-id"] for _ in range(2)]
+        bad = await client.post("/encode", json=HELLO, headers={"X-Request-Id": "<script>"})
+        assert len({*ids, bad.headers["x-request-id"]}) == 3
+        assert "<" not in bad.headers["x-request-id"]
 
-    async def spy(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["path"])
-        await PlainTextResponse("Not Found", 404)(scope, receive, send)
-
-    for number in range(3):
-        response = ask("GET", f"/secret-{number}", wrap(spy))
-        assert response.json()["error"]["message"].startswith(f"there is no GET /secret-{number} here")
-    assert seen == ["/unknown"] * 3
+    serve(box, metrics, use)
 
 
-def test_a_body_in_pieces_is_limited_without_a_declared_length() -> None:
+def test_other_routes_pass_on_to_bentoml(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        assert (await client.get("/livez")).headers["x-ekiben-space"] == box.manifest.space_id
+        assert (await client.get("/v1/models/x")).status_code == 404
+        for number in range(5):
+            assert (await client.get(f"/secret-{number}")).json()["error"]["code"] == "not_found"
+
+    serve(box, metrics, use)
+    assert count(metrics, "/livez", 200) == 1
+    assert count(metrics, "/v1/models/{name}", 404) == 1
+    assert count(metrics, "/unknown", 404) == 5
+
+
+def test_a_door_of_bentoml_is_checked_first_and_gets_its_body(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        good = await client.post("/encode_batchable", json={"texts": ["a", "ö"]})
+        assert (good.status_code, good.json()) == (200, {"texts": ["a", "ö"]})
+        bad = await client.post("/encode_batchable", json={"texts": [""]})
+        assert bad.status_code == 422
+
+    serve(box, metrics, use)
+
+
+def test_a_body_in_pieces_is_limited_without_a_declared_length(box: Lunchbox, metrics: ServeMetrics) -> None:
     async def pieces() -> Any:
         for _ in range(30):
             yield b" " * 100
 
-    response = ask("POST", "/encode", content=pieces(), headers=JSON)
+    response = ask(box, metrics, "POST", "/encode", content=pieces(), headers=JSON)
     assert "content-length" not in response.request.headers
     assert response.status_code == 413
     assert "1024" in response.json()["error"]["message"]
 
 
-def test_a_body_in_pieces_is_put_together() -> None:
+def test_a_body_in_pieces_is_put_together(box: Lunchbox, metrics: ServeMetrics) -> None:
     async def pieces() -> Any:
         for byte in b'{"texts": ["a"]}':
             yield bytes([byte])
 
-    assert ask("POST", "/encode", content=pieces(), headers=JSON).json() == {"texts": ["a"]}
+    assert ask(box, metrics, "POST", "/encode", content=pieces(), headers=JSON).status_code == 200
 
 
-@pytest.mark.parametrize("declared", ["5000", "1025"])
-def test_a_body_declared_too_large_is_refused(declared: str) -> None:
-    response = ask("POST", "/encode", content=b"x" * int(declared), headers=JSON)
+@pytest.mark.parametrize("size", [5000, 1025])
+def test_a_body_declared_too_large_is_refused(box: Lunchbox, metrics: ServeMetrics, size: int) -> None:
+    response = ask(box, metrics, "POST", "/encode", content=b"x" * size, headers=JSON)
     assert response.status_code == 413
     assert response.json()["error"]["details"] == {"limit": 1024}
 
 
-def test_a_lying_content_length_does_not_help() -> None:
-    response = ask("POST", "/encode", content=b"x" * 2000, headers=JSON | {"content-length": "10"})
-    assert response.status_code == 413
+@pytest.mark.parametrize(("declared", "status"), [("10", 413), ("9" * 5000, 413)])
+def test_a_lying_content_length_does_not_help(box: Lunchbox, metrics: ServeMetrics, declared: str, status: int) -> None:
+    headers = JSON | {"content-length": declared}
+    assert ask(box, metrics, "POST", "/encode", content=b"x" * 2000, headers=headers).status_code == status
 
 
-def test_an_overload_says_when_to_come_back() -> None:
-    async def overload() -> None:
-        raise OverloadedError("full", retry_after_s=7)
+def test_without_a_key_nothing_but_the_open_routes_answers(box: Lunchbox, metrics: ServeMetrics) -> None:
+    settings = ServeSettings(api_keys=SecretStr(KEY))
 
-    response = asyncio.run(answer(overload()))
-    assert (response.status_code, response.headers["retry-after"]) == (429, "7")
-    assert json.loads(response.body)["error"] == {
-        "code": "overloaded",
-        "message": "full",
-        "details": {"retry_after_s": 7},
-    }
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        refused = await client.post("/encode", json=HELLO)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.headers["x-ekiben-space"] == box.manifest.space_id
+        assert (await client.get("/livez")).status_code == 200
+        for shown in ({"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}):
+            assert (await client.post("/encode", json=HELLO, headers=shown)).status_code == 200
 
-
-def test_what_nobody_foresaw_is_hidden_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def fail() -> None:
-        raise RuntimeError("password is 1234")
-
-    response = asyncio.run(answer(fail()))
-    assert response.status_code == 500
-    assert b"1234" not in response.body
-    assert "password is 1234" in caplog.text
+    serve(box, metrics, use, settings)
 
 
-def test_work_for_a_client_that_went_away_is_cancelled() -> None:
-    cancelled = asyncio.Event()
-    started = asyncio.Event()
+def test_a_wrong_space_is_refused(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        right = {"X-Ekiben-Expect-Space": box.manifest.space_id}
+        assert (await client.post("/encode", json=HELLO, headers=right)).status_code == 200
+        for path in ("/encode", "/encode_batchable"):
+            wrong = await client.post(path, json=HELLO, headers={"X-Ekiben-Expect-Space": "0" * 16})
+            assert (wrong.status_code, wrong.json()["error"]["code"]) == (409, "space_mismatch")
 
-    async def slow(scope: Any, receive: Any, send: Any) -> None:
-        started.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    body = iter([{"type": "http.request", "body": b'{"texts": ["a"]}', "more_body": False}])
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        for message in body:
-            return message
-        await started.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/encode",
-        "raw_path": b"/encode",
-        "headers": [(b"content-type", b"application/json")],
-    }
-    asyncio.run(asyncio.wait_for(wrap(slow)(scope, receive, send), 10))
-    assert cancelled.is_set()
-    assert not sent
+    serve(box, metrics, use)
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_forgotten() -> None:
-    async def never(scope: Any, receive: Any, send: Any) -> None:
-        raise AssertionError("half a body reached the application")
-
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
-
-    async def receive() -> Any:
-        return next(messages)
-
-    scope = {"type": "http", "method": "POST", "path": "/encode", "headers": [(b"content-type", b"application/json")]}
-    asyncio.run(wrap(never)(scope, receive, receive))
+@pytest.mark.parametrize("asked", ["0", "-1", "soon", "1.5", "9" * 30])
+def test_a_time_limit_must_be_one(box: Lunchbox, metrics: ServeMetrics, asked: str) -> None:
+    response = ask(box, metrics, "POST", "/encode", json=HELLO, headers={"X-Ekiben-Timeout-Ms": asked})
+    assert response.status_code == 422
+    assert response.json()["error"]["details"] == {"field": "X-Ekiben-Timeout-Ms"}
 
 
-def test_all_paths_of_an_application_are_listed(tmp_path: Any) -> None:
-    (tmp_path / "style.css").touch()
-    nested = Starlette(routes=[Route("/health", echo)])
-    routes = [Route("/encode", echo), Mount("/", nested), Mount("/static", StaticFiles(directory=tmp_path))]
-    assert list_paths(routes) == {"/encode", "/health", "/static/style.css"}
+def block(encoder: Encoder) -> asyncio.Event:
+    """Make the encoder wait in /encode until the event is set."""
+    gate = asyncio.Event()
+    encode = encoder.encode
+
+    async def slow(*args: Any) -> Any:
+        await gate.wait()
+        return await encode(*args)
+
+    encoder.encode = slow  # type: ignore[method-assign]
+    return gate
+
+
+def test_too_many_requests_at_once_are_refused(box: Lunchbox, metrics: ServeMetrics) -> None:
+    settings = ServeSettings(max_requests=2)
+
+    async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
+        gate = block(encoder)
+        waiting = [asyncio.create_task(client.post("/encode", json=HELLO)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        refused = await client.post("/encode", json=HELLO)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "at most 2" in refused.json()["error"]["message"]
+        assert (await client.get("/livez")).status_code == 200
+        gate.set()
+        assert [response.status_code for response in await asyncio.gather(*waiting)] == [200, 200]
+        assert (await client.post("/encode", json=HELLO)).status_code == 200
+
+    serve(box, metrics, use, settings)
+
+
+def test_an_overload_says_when_to_come_back(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
+        async def overload(*_: Any) -> Any:
+            raise OverloadedError("full", retry_after_s=7)
+
+        encoder.encode = overload  # type: ignore[method-assign]
+        response = await client.post("/encode", json=HELLO)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+        error = {"code": "overloaded", "message": "full", "details": {"retry_after_s": 7}}
+        assert response.json()["error"] == error
+
+    serve(box, metrics, use)
+
+
+def test_what_nobody_foresaw_is_hidden_and_logged(
+    box: Lunchbox, metrics: ServeMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
+        async def fail(*_: Any) -> Any:
+            raise RuntimeError("password is 1234")
+
+        encoder.encode = fail  # type: ignore[method-assign]
+        response = await client.post("/encode", json=HELLO)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+        assert "1234" not in response.text
+
+    serve(box, metrics, use)
+    assert "request failed" in caplog.text
+    assert count(metrics, "/encode", 500) == 1
+
+
+def test_without_a_model_the_doors_say_why(metrics: ServeMetrics) -> None:
+    def refuse() -> Encoder:
+        raise NotReadyError("model.onnx is missing")
+
+    app = Frontend(
+        inner, known_paths=(), get_encoder=refuse, settings=SETTINGS, keys=ApiKeys(SETTINGS), metrics=metrics
+    )
+
+    async def main() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post("/encode", json=HELLO)
+
+    response = asyncio.run(main())
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "model.onnx is missing"
+    assert response.headers["x-ekiben-model"] == "unavailable"
+
+
+def make_scope(path: str = "/encode") -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    return {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": headers}
+
+
+def test_work_for_a_client_that_went_away_is_given_up(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
+        app: Any = client._transport.app  # type: ignore[attr-defined]
+        cancelled = asyncio.Event()
+
+        async def slow(*_: Any) -> Any:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+        encoder.encode = slow  # type: ignore[method-assign]
+        body = iter([{"type": "http.request", "body": b'{"texts": ["a"]}', "more_body": False}])
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return next(body, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await asyncio.wait_for(app(make_scope(), receive, send), 10)
+        assert cancelled.is_set()
+        assert not sent
+
+    serve(box, metrics, use)
+    assert count(metrics, "/encode", 499) == 1
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_forgotten(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        app: Any = client._transport.app  # type: ignore[attr-defined]
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(_: Any) -> None:
+            raise AssertionError("nobody is there")
+
+        await app(make_scope(), receive, send)
+
+    serve(box, metrics, use)
+
+
+def test_the_access_log_is_off_until_it_is_asked_for(
+    box: Lunchbox, metrics: ServeMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask(box, metrics, "POST", "/encode", json=HELLO)
+    assert not [record for record in caplog.records if record.name == "bentos.access"]
+    settings = ServeSettings(access_log=True)
+    ask(box, metrics, "POST", "/encode", settings, json={"texts": ["hello", "secret words"]})
+    ask(box, metrics, "POST", "/v1/embeddings", settings, json={"input": "hello", "model": "ekiben"})
+    records = [vars(record)["fields"] for record in caplog.records if record.name == "bentos.access"]
+    assert [(record["code"], record["texts"], record["tokens"] > 2) for record in records] == [
+        (200, 2, True),
+        (200, 1, True),
+    ]
+    assert "secret" not in str(records)
