@@ -205,6 +205,30 @@ class ReleaseParams(Section):
         allow_inf_nan=False,
         description="The test metric must exceed the base model's by at least this much (negative: may fall below).",
     )
+    precision: Literal["auto", "fp32", "int8"] = Field(
+        "auto",
+        description="What the server computes in. `auto`: int8 when it is certified, else fp32; `fp32`: no int8 is "
+        "made; `int8`: no release without it. fp32 is always in the box as well.",
+    )
+    int8_max_loss: float = Field(
+        0.005,
+        ge=0,
+        le=1,
+        description="int8 may lose this much Spearman, and nDCG@10 when there is retrieval data, of fp32 on the test "
+        "rows; so may fp32 on one side of a comparison with int8 on the other.",
+    )
+    int8_mean_cosine: float = Field(
+        0.99, gt=0, le=1, description="Mean cosine of int8 with fp32 over the test texts, at least."
+    )
+    int8_min_cosine: float = Field(
+        0.95, gt=0, le=1, description="Cosine of int8 with fp32 for the worst of the edge and test texts, at least."
+    )
+    int8_min_speedup: float = Field(
+        1.1,
+        gt=0,
+        description="int8 must compute at least this many times the texts of fp32 in the same time, on the machine of "
+        "the release.",
+    )
 
 
 class Params(Section):

@@ -1,4 +1,4 @@
-"""@flow release: best run > export > certify > gates > lunchbox > Bento > smoke test > champion.
+"""@flow release: best run > export > certify > int8 > gates > lunchbox > Bento > smoke test > champion.
 
 Until the last step nothing that anybody uses has changed: a refusal or a crash leaves the old champion serving, and the
 same command may be given again.
@@ -21,13 +21,14 @@ from bentos.manifest import Calibration, DataVersion, Manifest, name_release
 from flows.core.gates import Report, run_gates
 from flows.core.lineage import Lineage, trace_version
 from flows.core.lunchbox import ReleaseFacts, pack_lunchbox, read_certificate
-from flows.core.packing import bento_exists, build_bento, remove_bento, smoke_test, store_model
+from flows.core.packing import bento_exists, build_bento, is_stored, remove_bento, smoke_test, store_model
+from flows.core.precision import Int8Trial
 from flows.core.tracking import RunRecord, Tracker, open_tracker
 from flows.errors import ReleaseRefusedError
 from flows.params import ReleaseParams
 from flows.progress import say
 from flows.settings import PROJECT_ROOT, FlowSettings, export_environment, load_settings
-from flows.stages import CALIBRATION_FILE, EVALUATION_FOLDER, OWN_TEXTS_FILE
+from flows.stages import CALIBRATION_FILE, EVALUATION_FOLDER, OWN_TEXTS_FILE, read_test
 
 
 class ReleaseResult(BaseModel):
@@ -60,7 +61,8 @@ def release(run: str | None = None, release: ReleaseParams = ReleaseParams()) ->
     box = settings.lunchboxes_path / name_release(version, candidate.run_id)
     manifest = pack(tracker, candidate, record, settings, release, report, box)
     report = judge(record, release, version, box)
-    unchanged = candidate.is_champion and candidate.bento_tag == manifest.tag and bento_exists(manifest.tag)
+    released = candidate.is_champion and candidate.bento_tag == manifest.tag and bento_exists(manifest.tag)
+    unchanged = released and is_stored(manifest)
     measured = {} if unchanged else build_and_test(manifest, box, settings)
     if unchanged:
         say(f"[release] {manifest.tag} is the champion already")
@@ -110,7 +112,7 @@ def pack(
     report: Report,
     box: Path,
 ) -> Manifest:
-    """Export, certify and pack the lunchbox, or find it packed by an earlier call."""
+    """Export, certify, try int8 and pack the lunchbox, or find it packed by an earlier call."""
     with tempfile.TemporaryDirectory() as scratch:
         model = tracker.download_model(run.run_id, Path(scratch) / "model")
         evaluation = tracker.download_artifact(run.run_id, EVALUATION_FOLDER, Path(scratch))
@@ -131,7 +133,8 @@ def pack(
         )
         say("[pack] exporting to ONNX and comparing with sentence-transformers")
         own_texts = json.loads((evaluation / OWN_TEXTS_FILE).read_text(encoding="utf-8"))
-        return pack_lunchbox(model, box, facts, min_cosine=params.min_cosine, extra_texts=own_texts)
+        int8 = None if params.precision == "fp32" else Int8Trial(params, read_test(evaluation, run.metrics))
+        return pack_lunchbox(model, box, facts, min_cosine=params.min_cosine, extra_texts=own_texts, int8=int8)
 
 
 @task(cache_policy=NO_CACHE)

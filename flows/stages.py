@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -23,6 +25,7 @@ from flows.core.models import load_base_model, load_saved_model
 from flows.core.plots import write_plots
 from flows.core.processes import identify_process, is_alive
 from flows.core.provenance import git_commit, lock_sha256
+from flows.core.retrieval import Retrieval, pool_retrieval
 from flows.core.splits import SPLITS
 from flows.core.tracking import Tracker
 from flows.core.training import Fit, fit_model, make_encode, save_model
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 FIT_TIMEOUT_S = 12 * 3600  # the last resort for a hang in native code; the budget itself is TrainParams.max_minutes
 MODEL_FOLDER = "model"
 TEST_ROWS_FILE = "test_rows.parquet"
+TEST_RETRIEVAL_FILE = "test_retrieval.json"
+TEST_QUERIES = 300  # kept with a run, with the documents that were judged for them or ranked high
 CALIBRATION_FILE = "calibration.json"
 EVALUATION_FOLDER = "evaluation"
 OWN_TEXTS_FILE = "own_texts.json"
@@ -119,7 +124,7 @@ def record(tracker: Tracker, run_id: str, dataset: Dataset, model_path: Path, ev
         write_plots(evaluation, tracker.metric_history(run_id, LOSS_METRIC), Path(scratch) / "plots")
         folder = Path(scratch) / EVALUATION_FOLDER
         folder.mkdir()
-        evaluation.test_rows.to_parquet(folder / TEST_ROWS_FILE, index=False)
+        keep_test(dataset.test, evaluation, folder)
         (folder / OWN_TEXTS_FILE).write_text(json.dumps(own_texts(dataset.test)), encoding="utf-8")
         calibration = evaluation.calibration.model_dump() if evaluation.calibration else None
         (folder / CALIBRATION_FILE).write_text(json.dumps(calibration), encoding="utf-8")
@@ -128,6 +133,25 @@ def record(tracker: Tracker, run_id: str, dataset: Dataset, model_path: Path, ev
     shutil.rmtree(model_path.parent)  # MLflow has the model now
     say(f"[record] registered as version {version} (MLflow run {run_id})")
     return version
+
+
+def keep_test(test: Part, evaluation: Evaluation, folder: Path) -> None:
+    """Write what a release judges int8 by: the test pairs, and a pool of the retrieval data that is as hard as all."""
+    evaluation.test_rows.to_parquet(folder / TEST_ROWS_FILE, index=False)
+    if test.retrieval is not None:
+        rankings = [scores.nearest or {} for scores in (evaluation.base, evaluation.tuned)]
+        pool = pool_retrieval(test.retrieval, rankings, queries=TEST_QUERIES)
+        (folder / TEST_RETRIEVAL_FILE).write_text(json.dumps(asdict(pool), ensure_ascii=False), encoding="utf-8")
+
+
+def read_test(folder: Path, metrics: Mapping[str, float]) -> Part | None:
+    """Read what `keep_test` wrote, or None when a part that the run was scored on is missing: the run is older."""
+    path = folder / TEST_RETRIEVAL_FILE
+    retrieval = Retrieval(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not (folder / TEST_ROWS_FILE).is_file() or ("eval/ndcg_at_10" in metrics and retrieval is None):
+        return None
+    part = Part(pd.read_parquet(folder / TEST_ROWS_FILE, columns=["text_a", "text_b", "score"]), retrieval)
+    return part if part.has_pairs or retrieval is not None else None
 
 
 def own_texts(part: Part) -> list[str]:

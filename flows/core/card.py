@@ -74,6 +74,7 @@ def render_card(
         "",
         *_certificate(certificate),
         "",
+        *_int8(certificate.get("int8")),
         "## Limits",
         "",
         f"- Texts are cut after {manifest.max_tokens} tokens.",
@@ -149,6 +150,46 @@ def _certificate(certificate: Mapping[str, Any]) -> list[str]:
         f"{batch['comparisons']} comparisons.",
         f"- Asked for: {certificate['thresholds']['min_cosine']}. Made {certificate['created_at']} with {versions}, on "
         f"{certificate['machine']['cpu']}.",
+    ]
+
+
+def _int8(section: Mapping[str, Any] | None) -> list[str]:
+    """What int8 proved, or why it is not there."""
+    if section is None:
+        return []
+    verdict = "the default precision" if section["certified"] else f"not shipped: {section['reason']}"
+    lines = ["## int8", "", f"int8 is {verdict}.", ""]
+    if "quality" not in section:
+        return lines
+    size = {name: count / 1e6 for name, count in section["bytes"].items()}
+    thresholds, speed, texts = section["thresholds"], section["speed"], section["texts"]
+    rows = [
+        (
+            item["metric"],
+            f"{item['fp32']:.4f}",
+            f"{item['int8']:.4f}",
+            f"{item['loss']:+.4f}" + (f" ({item['low']:+.4f} to {item['high']:+.4f})" if "low" in item else ""),
+            f"{item['mixed_loss']:+.4f}",
+            f"{thresholds['int8_max_loss']:g}",
+        )
+        for item in section["quality"]
+    ]
+    head = ("test metric", "fp32", "int8", "loss (interval)", "loss beside fp32 vectors", "allowed")
+    return [
+        *lines,
+        *_table(head, rows),
+        "",
+        f"- With fp32's vectors: mean cosine {section['mean_cosine']:.5f} over {texts['test']} test texts, smallest "
+        f"{section['min_cosine']:.5f}, {texts['edge']} edge texts and own ones included; asked "
+        f"{thresholds['int8_mean_cosine']:g} and {thresholds['int8_min_cosine']:g}. So both share one space.",
+        f"- In a batch with other texts or alone: smallest cosine {section['batch_min_cosine']:.7f} in "
+        f"{section['batch_comparisons']} comparisons; asked {thresholds['min_cosine']:g}.",
+        f"- Texts a second of one core, alone {speed['alone']['int8_texts_per_s']:.0f} (fp32 "
+        f"{speed['alone']['fp32_texts_per_s']:.0f}), {speed['batch_texts']} at a time "
+        f"{speed['in_batches']['int8_texts_per_s']:.0f} (fp32 {speed['in_batches']['fp32_texts_per_s']:.0f}): "
+        f"{speed['ratio']:.2f} times fp32 at least; asked {thresholds['int8_min_speedup']:g}.",
+        f"- Size: {', '.join(f'`{name}` {megabytes:.1f} MB' for name, megabytes in size.items())}.",
+        "",
     ]
 
 

@@ -97,16 +97,15 @@ def certify(
         engine = Engine(box, manifest)
     except LunchboxError as error:
         raise CertificationError(f"the exported model cannot be used: {error}; export it again") from error
-    lengths = make_length_texts(lambda text: engine.tokenize([text])[0].tokens_total, manifest.max_tokens)
-    shipped = _usable([*EDGE_TEXTS, *CANARY_TEXTS, *lengths])
-    texts = list(dict.fromkeys([*shipped, *_usable(extra_texts)]))
+    shipped = gather_texts(engine)
+    texts = gather_texts(engine, extra_texts)
     model = load_saved_model(model_path).to("cpu")
     try:
         comparisons = [
             Comparison.between(name, np.arange(len(texts)), _embed_alone(engine, prompted, unit), reference)
             for name, prompted, unit, reference in _references(model, manifest, texts)
         ]
-        comparisons.append(_compare_batches(engine, texts))
+        comparisons.append(compare_batches(engine, texts))
     except NotReadyError:
         raise CertificationError(
             "the exported model gives vectors that are not finite: train again with a lower learning rate"
@@ -131,6 +130,12 @@ def certify(
 def allowed_error(min_cosine: float) -> float:
     """Return the relative error of a vector that two unit vectors with cosine `min_cosine` have."""
     return math.sqrt(2 - 2 * min_cosine)
+
+
+def gather_texts(engine: Engine, extra_texts: Sequence[str] = ()) -> list[str]:
+    """Return the texts that every comparison is made over: edge texts, texts around the token limit, then the extra."""
+    lengths = make_length_texts(lambda text: engine.tokenize([text])[0].tokens_total, engine.manifest.max_tokens)
+    return _usable([*EDGE_TEXTS, *CANARY_TEXTS, *lengths, *extra_texts])
 
 
 def _usable(texts: Sequence[str]) -> list[str]:
@@ -172,7 +177,7 @@ def _embed_alone(engine: Engine, texts: Sequence[str], unit: bool) -> Vectors:
     return np.vstack([engine.infer([text.ids], normalize=unit) for text in engine.tokenize(texts)])
 
 
-def _compare_batches(engine: Engine, texts: list[str]) -> Comparison:
+def compare_batches(engine: Engine, texts: list[str]) -> Comparison:
     """Compare raw vectors made in batches of many kinds with those of the same texts alone."""
     alone = _embed_alone(engine, texts, unit=False)
     ids = [text.ids for text in engine.tokenize(texts)]

@@ -38,6 +38,7 @@ class Scores:
     metrics: dict[str, float]
     cosines: Array | None = None  # (rows,)
     per_query_ndcg: Array | None = None  # (queries that have a relevant document,)
+    nearest: dict[str, list[str]] | None = None  # query id -> ids of its `TOP` nearest documents; the same queries
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def evaluate_model(dataset: Dataset, base: Encode, tuned: Encode, params: Evalua
         base_calibration=base_calibration,
         decision_threshold=threshold,
         primary_metric=name,
-        gain=_bootstrap_gain(dataset.test, base_test, tuned_test, params),
+        gain=bootstrap_gain(dataset.test, base_test, tuned_test, params),
         test_rows=dataset.test.pairs[["text_a", "text_b", "score"]].assign(
             base_cosine=base_test.cosines if base_test.cosines is not None else np.empty(0),
             tuned_cosine=tuned_test.cosines if tuned_test.cosines is not None else np.empty(0),
@@ -136,7 +137,7 @@ def _score_model(dataset: Dataset, encode: Encode, params: EvaluateParams) -> tu
 
 def _score_raw(part: Part, encode: Encode, params: EvaluateParams) -> Scores:
     metrics: dict[str, float] = {}
-    cosines = per_query_ndcg = None
+    cosines = per_query_ndcg = nearest = None
     if part.has_pairs:
         cosines = _pair_cosines(part.pairs, encode)
         labels = part.pairs["score"].to_numpy(np.float64)
@@ -144,10 +145,10 @@ def _score_raw(part: Part, encode: Encode, params: EvaluateParams) -> Scores:
         metrics["spearman"] = float(_spearman(cosines, labels))
         metrics |= _errors(cosines.clip(0.0, 1.0), labels, params.tolerance, suffix="_uncalibrated")
     if part.retrieval is not None:
-        per_query = _score_queries(part.retrieval, encode)
+        per_query, nearest = _score_queries(part.retrieval, encode)
         per_query_ndcg = per_query["ndcg_at_10"]
         metrics |= {name: float(values.mean()) if len(values) else 0.0 for name, values in per_query.items()}
-    return Scores(metrics, cosines, per_query_ndcg)
+    return Scores(metrics, cosines, per_query_ndcg, nearest)
 
 
 def _add_calibrated(scores: Scores, part: Part, calibration: Calibration, params: EvaluateParams) -> Scores:
@@ -184,7 +185,7 @@ def _spearman(a: Array, b: Array) -> Array:
     return _pearson(rankdata(a, axis=-1), rankdata(b, axis=-1))
 
 
-def _score_queries(retrieval: Retrieval, encode: Encode) -> dict[str, Array]:
+def _score_queries(retrieval: Retrieval, encode: Encode) -> tuple[dict[str, Array], dict[str, list[str]]]:
     """Rank the whole corpus by cosine for each query that has a relevant document, and score the first `TOP` ranks.
 
     nDCG has the relevance itself as gain and 1 / log2(rank + 1) as discount (Järvelin and Kekäläinen, 2002, "Cumulated
@@ -194,7 +195,7 @@ def _score_queries(retrieval: Retrieval, encode: Encode) -> dict[str, Array]:
     queries = [query for query in retrieval.queries if any(rel > 0 for rel in retrieval.qrels.get(query, {}).values())]
     names = ("ndcg_at_10", "mrr_at_10", "recall_at_10")
     if not queries:
-        return {name: np.empty(0) for name in names}
+        return {name: np.empty(0) for name in names}, {}
     ranked = _rank_corpus(retrieval, queries, encode)
     discounts = 1.0 / np.log2(np.arange(2, TOP + 2))
     figures = np.zeros((len(names), len(queries)))
@@ -206,7 +207,7 @@ def _score_queries(retrieval: Retrieval, encode: Encode) -> dict[str, Array]:
         figures[0, row] = gains @ discounts[: len(gains)] / (ideal[:TOP] @ discounts[: len(ideal)])
         figures[1, row] = 1.0 / (hits[0] + 1) if len(hits) else 0.0
         figures[2, row] = len(hits) / len(ideal)
-    return dict(zip(names, figures, strict=True))
+    return dict(zip(names, figures, strict=True)), dict(zip(queries, ranked, strict=True))
 
 
 def _rank_corpus(retrieval: Retrieval, queries: Sequence[str], encode: Encode) -> list[list[str]]:
@@ -238,7 +239,8 @@ def _take_nearest(cosines: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64
     return np.take_along_axis(values, order, axis=1), np.take_along_axis(columns, order, axis=1)
 
 
-def _bootstrap_gain(test: Part, base: Scores, tuned: Scores, params: EvaluateParams) -> Interval:
+def bootstrap_gain(test: Part, base: Scores, tuned: Scores, params: EvaluateParams) -> Interval:
+    """Return what `tuned` has more than `base` of the primary metric, with the interval of a paired bootstrap."""
     name = primary_metric(test)
     value = tuned.metrics[name] - base.metrics[name]
     if base.cosines is not None and tuned.cosines is not None:

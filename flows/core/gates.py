@@ -171,6 +171,28 @@ def judge_batch_invariance(evidence: Evidence) -> Verdict | None:
     )
 
 
+def judge_int8(evidence: Evidence) -> Verdict | None:
+    """int8 is certified, or it is left out and fp32 serves; only `release.precision: int8` refuses then."""
+    section = (evidence.certificate or {}).get("int8")
+    asked = evidence.params.int8_max_loss
+    if section is None:
+        return None
+    if section["certified"]:
+        losses = ", ".join(f"{item['metric']} {-item['loss']:+.4f}" for item in section["quality"])
+        reason = (
+            f"int8 is the default: {losses}, mean cosine with fp32 {format_figure(section['mean_cosine'])}, of a text "
+            f"among others with itself alone {format_figure(section['batch_min_cosine'])}, "
+            f"{section['speed']['ratio']:.2f} times the speed"
+        )
+    else:
+        reason = f"int8 is left out, fp32 serves: {section['reason']}"
+    loss = max((item["loss"] for item in section.get("quality", ())), default=math.nan)
+    passed = section["certified"] or evidence.params.precision != "int8"
+    return Verdict(
+        "int8", loss, asked, passed, reason, "" if passed else "set release.precision to auto, or lower what it misses"
+    )
+
+
 def _judge_cosine(evidence: Evidence, gate: str, key: str, meaning: str) -> Verdict | None:
     if evidence.certificate is None:
         return None
@@ -186,4 +208,5 @@ GATES: tuple[Callable[[Evidence], Verdict | None], ...] = (
     judge_quality,
     judge_parity,
     judge_batch_invariance,
+    judge_int8,
 )

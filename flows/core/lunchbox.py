@@ -34,6 +34,7 @@ from flows.core.edge_texts import CANARY_TEXTS
 from flows.core.export import MODEL_FILE, Export, export_model
 from flows.core.folders import replaced_folder
 from flows.core.gates import Report
+from flows.core.precision import INT8_FILE, Int8Trial, try_int8
 
 CANARY_DIGITS = 7  # what a float32 holds
 
@@ -57,23 +58,43 @@ class ReleaseFacts:
 
 
 def pack_lunchbox(
-    model_path: Path, to: Path, facts: ReleaseFacts, *, min_cosine: float, extra_texts: Sequence[str] = ()
+    model_path: Path,
+    to: Path,
+    facts: ReleaseFacts,
+    *,
+    min_cosine: float,
+    extra_texts: Sequence[str] = (),
+    int8: Int8Trial | None = None,
 ) -> Manifest:
     """Pack the model at `model_path` into the folder `to`, or return the manifest of the same run's box found there.
 
-    A box that is broken, of another run, or certified to less than `min_cosine` is replaced, once the new one is
-    complete.
+    A box that is broken, of another run, certified to less than `min_cosine`, or whose int8 was judged by other limits
+    is replaced, once the new one is complete.
+
+    Args:
+        model_path: The sentence-transformers folder.
+        to: Where the box appears.
+        facts: Who the model is and where it comes from.
+        min_cosine: What `certify` asks.
+        extra_texts: Texts of the user's own domain, for the certificate.
+        int8: By what int8 is judged; it becomes the default precision when certified, and is left out when not. None
+            makes no int8.
 
     Raises:
         UnsupportedModelError: when the model cannot be exported.
         CertificationError: when the exported model is not the trained one. What stood at `to` stays.
     """
-    packed = find_packed(to, facts, min_cosine=min_cosine)
+    packed = find_packed(to, facts, min_cosine=min_cosine, int8=int8)
     if packed is not None:
         return packed
     with replaced_folder(to) as box:
         manifest = _make_manifest(box, export_model(model_path, box), facts)
         certificate = certify(model_path, box, manifest, min_cosine=min_cosine, extra_texts=extra_texts)
+        if int8 is not None:
+            certificate["int8"] = try_int8(box, manifest, int8, extra_texts=extra_texts)
+            if certificate["int8"]["certified"]:
+                precisions = {**manifest.precisions, "int8": INT8_FILE}
+                manifest = manifest.model_copy(update={"precisions": precisions, "default_precision": "int8"})
         _write_json(box / CERTIFICATE_FILE, certificate)
         _write_canary(box, manifest)
         licence = find_licence(model_path, facts.base_model)
@@ -85,8 +106,8 @@ def pack_lunchbox(
     return manifest
 
 
-def find_packed(to: Path, facts: ReleaseFacts, *, min_cosine: float) -> Manifest | None:
-    """Return the manifest of the box at `to` if it is whole, of the same run, and certified well enough."""
+def find_packed(to: Path, facts: ReleaseFacts, *, min_cosine: float, int8: Int8Trial | None = None) -> Manifest | None:
+    """Return the manifest of the box at `to` if it is whole, of the same run, and certified as asked."""
     try:
         manifest = read_manifest(to)
         verify_files(to, manifest)
@@ -96,7 +117,8 @@ def find_packed(to: Path, facts: ReleaseFacts, *, min_cosine: float) -> Manifest
     same = (manifest.name, manifest.version, manifest.run_id) == (facts.name, facts.version, facts.run_id)
     good = min(certificate["min_cosine"], certificate["batch_min_cosine"]) >= min_cosine
     complete = {MODEL_FILE, TOKENIZER_FILE, CERTIFICATE_FILE, CANARY_FILE, MODEL_CARD_FILE} <= manifest.files.keys()
-    return manifest if same and good and complete else None
+    judged_alike = certificate.get("int8", {}).get("thresholds") == (None if int8 is None else int8.limits)
+    return manifest if same and good and complete and judged_alike else None
 
 
 def read_certificate(box: Path) -> dict[str, Any]:
@@ -149,9 +171,12 @@ def _make_manifest(box: Path, export: Export, facts: ReleaseFacts) -> Manifest:
 
 def _write_canary(box: Path, manifest: Manifest) -> None:
     """Write the canary texts and their vectors; `certify` has compared these texts with sentence-transformers."""
-    vectors = Engine(box, manifest).embed(CANARY_TEXTS).tolist()
-    rounded = [[round(value, CANARY_DIGITS) for value in vector] for vector in vectors]
-    _write_json(box / CANARY_FILE, {"texts": list(CANARY_TEXTS), "vectors": rounded})
+    vectors = {}
+    for precision in manifest.precisions:
+        embedded = Engine(box, manifest, precision=precision).embed(CANARY_TEXTS).tolist()
+        vectors[precision] = [[round(value, CANARY_DIGITS) for value in vector] for vector in embedded]
+    default = vectors.pop(manifest.default_precision)
+    _write_json(box / CANARY_FILE, {"texts": list(CANARY_TEXTS), "vectors": default, "other_precisions": vectors})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -51,18 +51,29 @@ def store_model(box: Path, manifest: Manifest) -> str:
 
     verify_files(box, manifest)
     tag = model_tag(manifest)
-    stored = _find(bentoml.models, tag)
-    if stored is not None:
-        try:
-            if read_manifest(Path(stored.path)) == manifest:
-                verify_files(Path(stored.path), manifest)
-                return tag
-        except LunchboxError:
-            pass  # half copied, or altered since: replaced below
+    if is_stored(manifest):
+        return tag
+    if _find(bentoml.models, tag) is not None:  # half copied, altered since, or packed anew
         bentoml.models.delete(tag)
     with bentoml.models.create(tag, labels=release_labels(manifest), metadata={"metrics": manifest.metrics}) as model:
         shutil.copytree(box, model.path, dirs_exist_ok=True)
     return tag
+
+
+def is_stored(manifest: Manifest) -> bool:
+    """Whether the model store holds just this lunchbox, whole."""
+    import bentoml
+
+    stored = _find(bentoml.models, model_tag(manifest))
+    if stored is None:
+        return False
+    try:
+        if read_manifest(Path(stored.path)) != manifest:
+            return False
+        verify_files(Path(stored.path), manifest)
+    except LunchboxError:
+        return False
+    return True
 
 
 def build_bento(manifest: Manifest, *, root: Path) -> str:

@@ -11,7 +11,7 @@ looked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -196,3 +196,22 @@ def _split_off(
     split = split_groups(texts, texts, split_fractions(missing, params), seed=params.split_seed)
     parts = {name: {ids[i]: qrels["train"][ids[i]] for i in rows} for name, rows in split.rows.items()}
     return {**qrels, **parts}
+
+
+def pool_retrieval(retrieval: Retrieval, rankings: Sequence[Mapping[str, Sequence[str]]], *, queries: int) -> Retrieval:
+    """Return a small part that is as hard as the whole: the judged documents and those that models rank highest.
+
+    Args:
+        retrieval: The whole.
+        rankings: For each model, query id -> the ids of its nearest documents.
+        queries: Most queries to keep, the first ones.
+    """
+    kept = [query for query in retrieval.queries if any(query in ranking for ranking in rankings)][:queries]
+    judged = {query: retrieval.qrels[query] for query in kept}
+    near = [document for query in kept for ranking in rankings for document in ranking.get(query, ())]
+    documents = dict.fromkeys([*near, *(document for found in judged.values() for document in found)])
+    return Retrieval(
+        corpus={document: retrieval.corpus[document] for document in documents if document in retrieval.corpus},
+        queries={query: retrieval.queries[query] for query in kept},
+        qrels=judged,
+    )

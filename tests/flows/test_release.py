@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bentos.manifest import read_manifest
 from flows.core.packing import bento_exists
 from flows.core.tracking import Tracker, open_tracker
 from flows.errors import NothingReleasedError, ReleaseRefusedError
@@ -57,7 +58,22 @@ def test_release_moves_the_champion_only_past_the_gates_and_is_harmless_to_repea
     state = registry_state(tracker)
     again = release(run=None, release=any_gain)
     assert again.bento_tag == shipped.bento_tag
+    assert again.unchanged
     assert registry_state(tracker) == state
+
+    # Insisting on an int8 that cannot be certified is refused; with a lower bar it takes the place of fp32.
+    box = settings.lunchboxes_path / f"{first.version}-{first.run_id[:8]}"
+    with pytest.raises(ReleaseRefusedError, match=r"int8 is left out, fp32 serves.*release\.int8_min_speedup"):
+        release(run=None, release=any_gain.model_copy(update={"precision": "int8", "int8_min_speedup": 1e6}))
+    assert registry_state(tracker) == state
+    assert read_manifest(box).default_precision == "fp32"
+    lenient = {"precision": "int8", "int8_max_loss": 1.0, "int8_mean_cosine": 0.9, "int8_min_cosine": 0.5}
+    small = release(run=None, release=any_gain.model_copy(update=lenient | {"int8_min_speedup": 0.001}))
+    assert not small.unchanged
+    assert small.metrics["serve/bytes_per_vector"] == 32 * 4
+    assert [row["verdict"] for row in small.gates if row["gate"] == "int8"] == ["passed"]
+    assert read_manifest(box).default_precision == "int8"
+    assert (small.bento_tag, small.space_id) == (shipped.bento_tag, shipped.space_id)
 
     # The next version takes over; the old one is `previous`.
     second = train(data=data, train=small_train.model_copy(update={"seed": 7}), evaluate=small_evaluate)

@@ -13,7 +13,7 @@ from flows.core.tracking import open_tracker
 from flows.errors import DataError, ParamsError
 from flows.params import DataParams, EvaluateParams, TrainParams
 from flows.settings import load_settings
-from flows.stages import PROCESS_TAG, load
+from flows.stages import EVALUATION_FOLDER, PROCESS_TAG, TEST_RETRIEVAL_FILE, load, read_test
 from flows.train import train
 from tests.flows.support import mlflow_runs, write_profiles, write_retrieval
 
@@ -102,6 +102,15 @@ def test_retrieval_data_are_scored_by_ranking(
     run = open_tracker(load_settings()).find_run(result.run_id)
     assert run.tags["loss"] == "multiple_negatives_ranking"
     assert {"eval/ndcg_at_10", "eval/mrr_at_10", "eval/recall_at_10", "gain/ndcg_at_10"} <= run.metrics.keys()
+
+    kept = open_tracker(load_settings()).download_artifact(result.run_id, EVALUATION_FOLDER, tmp_path / "kept")
+    test = read_test(kept, run.metrics)
+    assert test is not None
+    assert test.retrieval is not None
+    assert not test.has_pairs
+    assert {name for judged in test.retrieval.qrels.values() for name in judged} <= test.retrieval.corpus.keys()
+    (kept / TEST_RETRIEVAL_FILE).unlink()
+    assert read_test(kept, run.metrics) is None  # as in runs that were made before it was kept
 
 
 def test_the_run_holds_what_was_done_to_the_data(

@@ -1,4 +1,4 @@
-"""MLflow on a database of one's own: the schema is made once a session, each test works on a copy."""
+"""MLflow on a database of one's own, as a copy of one made once a session, and a lunchbox of every kind of model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.core.tracking import Tracker
+from tests.factories import VARIANTS, make_tiny_lunchbox
 
 
 @pytest.fixture
@@ -29,3 +30,13 @@ def open_tracker(mlflow_template: Path, tmp_path: Path) -> Callable[[], Tracker]
 def tracker(open_tracker: Callable[[], Tracker]) -> Tracker:
     """Open the test's own MLflow."""
     return open_tracker()
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pack a lunchbox of each of `VARIANTS`; its model lies beside it. Copy it before altering anything."""
+    folder = tmp_path_factory.mktemp("variants")
+    return {
+        name: make_tiny_lunchbox(folder / str(number), **options)
+        for number, (name, options) in enumerate(VARIANTS.items())
+    }

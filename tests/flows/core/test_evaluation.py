@@ -124,6 +124,9 @@ def test_retrieval_metrics_are_what_one_computes_by_hand() -> None:
     assert scores.metrics["mrr_at_10"] == pytest.approx((1 / 3 + 1) / 2)
     assert scores.metrics["recall_at_10"] == pytest.approx((2 / 3 + 1) / 2)
     assert scores.metrics.keys() == RETRIEVAL_METRICS
+    assert scores.nearest is not None
+    assert scores.nearest["0"] == [f"d{rank}" for rank in range(10)]
+    assert scores.nearest["155"][0] == "d14"
 
 
 def test_queries_without_a_relevant_document_do_not_count() -> None:

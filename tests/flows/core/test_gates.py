@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,35 @@ def test_a_metric_that_is_no_number_is_refused_however_low_the_bar(name: str, ba
     report = run_gates({**METRICS, name: bad}, ReleaseParams(min_gain=-2), candidate="x", certificate=CERTIFICATE)
     assert not report.passed
     assert name in report.refusal
+
+
+INT8: dict[str, Any] = {
+    "certified": True,
+    "reason": "",
+    "quality": [{"metric": "spearman", "loss": 0.0012}, {"metric": "ndcg_at_10", "loss": -0.002}],
+    "mean_cosine": 0.998,
+    "batch_min_cosine": 0.99999,
+    "speed": {"ratio": 2.5},
+}
+
+
+def test_a_certified_int8_shows_its_receipts() -> None:
+    report = run_gates(METRICS, ReleaseParams(), candidate="x", certificate=CERTIFICATE | {"int8": INT8})
+    verdict = report.verdicts[-1]
+    assert (verdict.gate, verdict.value, verdict.threshold, verdict.passed) == ("int8", 0.0012, 0.005, True)
+    for part in ("int8 is the default", "spearman -0.0012", "ndcg_at_10 +0.0020", "0.998", "0.99999", "2.50 times"):
+        assert part in verdict.reason
+
+
+@pytest.mark.parametrize(("precision", "passed"), [("auto", True), ("int8", False)])
+def test_an_int8_that_is_not_certified_refuses_only_a_release_that_insists(precision: Any, passed: bool) -> None:
+    section = {"certified": False, "reason": "it computes 0.80 times the texts of fp32"}
+    report = run_gates(
+        METRICS, ReleaseParams(precision=precision), candidate="x", certificate=CERTIFICATE | {"int8": section}
+    )
+    assert report.passed == passed
+    assert report.verdicts[-1].reason == "int8 is left out, fp32 serves: it computes 0.80 times the texts of fp32"
+    assert ("release.precision" in report.refusal) == (not passed)
 
 
 @pytest.mark.parametrize("metrics", [{}, {"eval/spearman": 0.9}, {"base/spearman": 0.1}, {"dev/spearman": 0.5}])

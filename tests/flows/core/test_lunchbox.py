@@ -3,10 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -17,12 +18,15 @@ from bentos.manifest import Calibration, DataVersion, read_manifest, verify_file
 from bentos.text import apply_prompt
 from bentos.vectors import cosine_pairs, normalize
 from flows.core.card import find_licence
+from flows.core.dataset import Part
 from flows.core.edge_texts import CANARY_TEXTS, EDGE_TEXTS
 from flows.core.gates import run_gates
 from flows.core.lunchbox import ReleaseFacts, pack_lunchbox
+from flows.core.precision import INT8_FILE, Int8Trial
 from flows.errors import CertificationError
 from flows.params import ReleaseParams
-from tests.factories import TINY_RUN_ID, make_tiny_lunchbox
+from tests.factories import TINY_RUN_ID, VARIANTS
+from tests.flows.support import write_pairs
 
 FACTS = ReleaseFacts(
     name="ekiben",
@@ -36,26 +40,6 @@ FACTS = ReleaseFacts(
     calibration=Calibration(cosines=[0.0, 1.0], scores=[0.1, 0.9]),
     decision_threshold=0.4321,
 )
-VARIANTS: dict[str, dict[str, Any]] = {
-    "other weights": {"seed": 1},
-    "cls and dense": {"pooling": "cls", "dense_dim": 16},
-    "max and layer norm": {"pooling": "max", "layer_norm": True},
-    "last token, raw, prompts": {
-        "pooling": "lasttoken",
-        "normalize": False,
-        "prompts": {"query": "query: "},
-        "default_prompt": "query",
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("variants")
-    return {
-        name: make_tiny_lunchbox(folder / str(number), **options)
-        for number, (name, options) in enumerate(VARIANTS.items())
-    }
 
 
 @pytest.fixture
@@ -135,6 +119,46 @@ def test_a_broken_box_is_packed_anew_in_the_same_space(box: Path, tiny_model_pat
     ):  # fmt: skip
         assert fact in card
     assert json.loads((box / "certificate.json").read_text())["thresholds"]["min_cosine"] == 0.9999
+
+
+def test_a_certified_int8_is_the_default_and_every_precision_has_its_canary(
+    box: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    fp32_only = read_manifest(box)
+    test = Part(pd.read_csv(write_pairs(tmp_path / "pairs.csv", rows=40)))
+    lenient = ReleaseParams(int8_max_loss=1, int8_mean_cosine=0.9, int8_min_cosine=0.9, int8_min_speedup=0.001)
+    pack = partial(pack_lunchbox, tiny_model_path, box, min_cosine=0.9999)
+    manifest = pack(FACTS, int8=Int8Trial(lenient, test))
+    assert manifest == read_manifest(box)
+    assert manifest.precisions == {"fp32": "model.fp32.onnx", "int8": INT8_FILE}
+    assert manifest.default_precision == "int8"
+    assert manifest.space_id == fp32_only.space_id
+    assert INT8_FILE in manifest.files
+    opened = [open_lunchbox(box), open_lunchbox(box, precision="int8"), open_lunchbox(box, precision="fp32")]
+    for each in opened:
+        assert each.find_deviation(each.engine.embed(each.canary.texts)) is None
+    assert [each.engine.precision for each in opened] == ["int8", "int8", "fp32"]
+    np.testing.assert_array_equal(opened[0].canary.vectors, opened[1].canary.vectors)
+    assert not np.array_equal(opened[0].canary.vectors, opened[2].canary.vectors)
+    card = (box / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for fact in ("int8 is the default precision.", "| spearman |", "mean cosine 0.9", "times fp32", INT8_FILE):
+        assert fact in card
+
+    before = age_of(box)
+    assert pack(FACTS, int8=Int8Trial(lenient, test)) == manifest
+    assert age_of(box) == before
+    # Asked for more than int8 can do: packed anew without it.
+    strict = lenient.model_copy(update={"int8_min_speedup": 1e6})
+    without = pack(FACTS, int8=Int8Trial(strict, test))
+    assert (without.precisions, without.default_precision) == ({"fp32": "model.fp32.onnx"}, "fp32")
+    assert not (box / INT8_FILE).exists()
+    assert "not shipped: it computes" in (box / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert json.loads((box / "certificate.json").read_text())["int8"]["reason"]
+    with pytest.raises(LunchboxError, match="'int8' is not in this lunchbox"):
+        open_lunchbox(box, precision="int8")
+    # Not asked for at all: no trace of it.
+    pack(FACTS)
+    assert "int8" not in json.loads((box / "certificate.json").read_text())
 
 
 def test_a_refused_box_leaves_nothing_and_the_old_one_stays(box: Path, tiny_model_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from bentos.errors import LunchboxError
 from bentos.manifest import Manifest, read_manifest, sha256_file, write_manifest
-from flows.core.packing import bento_exists, build_bento, model_tag, remove_bento, smoke_test, store_model
+from flows.core.packing import bento_exists, build_bento, is_stored, model_tag, remove_bento, smoke_test, store_model
 from flows.errors import EkibenError, InputError, SmokeTestError
 from tests.serving import bento_home, copy_lunchbox
 
@@ -54,7 +54,10 @@ def stored_path(home: Path, manifest: Manifest) -> Path:
 
 def test_a_stored_model_is_the_lunchbox(home: Path, box: Path) -> None:
     manifest = read_manifest(box)
+    assert not is_stored(manifest)
     tag = store_model(box, manifest)
+    assert is_stored(manifest)
+    assert not is_stored(manifest.model_copy(update={"default_precision": "int8"}))  # packed anew
     assert tag == model_tag(manifest) == f"ekiben-model:{manifest.bento_version}"
     assert read_manifest(stored_path(home, manifest)) == manifest
     assert bentoml.models.get(tag).info.labels["run_id"] == manifest.run_id
@@ -73,6 +76,7 @@ def test_a_stored_copy_that_was_cut_short_is_replaced(home: Path, box: Path, nam
     manifest = read_manifest(box)
     store_model(box, manifest)
     (stored_path(home, manifest) / name).unlink()
+    assert not is_stored(manifest)
     store_model(box, manifest)
     assert (stored_path(home, manifest) / name).is_file()
 
@@ -136,7 +140,7 @@ def test_a_good_bento_passes_the_smoke_test_and_is_measured(built: Manifest, tmp
     assert set(measured) == {"serve/p95_ms", "serve/texts_per_s", "serve/rss_mb", "serve/bytes_per_vector"}
     assert all(value > 0 for value in measured.values())
     assert measured["serve/bytes_per_vector"] == 4 * built.dim
-    assert "/encode" in log.read_text()
+    assert built.tag in log.read_text()  # the server wrote to it
     assert find_servers(built.tag) == before
 
 

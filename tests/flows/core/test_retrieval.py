@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from flows.core.files import MissingFileError, read_bytes
-from flows.core.retrieval import prepare_retrieval, read_retrieval
+from flows.core.retrieval import Retrieval, pool_retrieval, prepare_retrieval, read_retrieval
 from flows.core.tables import parse_table
 from flows.errors import DataError
 from flows.params import DataParams
@@ -120,3 +120,14 @@ def test_a_folder_without_a_needed_file_is_refused(tmp_path: Path, name: str) ->
     (tmp_path / "beir" / name).unlink()
     with pytest.raises(MissingFileError, match=rf"{name}.*retrieval data is a folder with corpus.jsonl"):
         read_retrieval(address, read)
+
+
+def test_a_pool_holds_what_is_judged_and_what_is_ranked_high() -> None:
+    corpus = {f"d{number}": f"document {number}" for number in range(20)}
+    queries = {"q0": "first", "q1": "second", "q2": "never ranked", "q3": "third"}
+    qrels = {"q0": {"d0": 1.0}, "q1": {"d1": 2.0, "d2": 0.5}, "q2": {}, "q3": {"d3": 1.0}}
+    rankings = [{"q0": ["d9", "d0"], "q1": ["d8"], "q3": ["d7"]}, {"q0": ["d10"], "q1": ["d1"], "q3": ["d3"]}]
+    pool = pool_retrieval(Retrieval(corpus, queries, qrels), rankings, queries=2)
+    assert pool.queries == {"q0": "first", "q1": "second"}
+    assert pool.qrels == {"q0": {"d0": 1.0}, "q1": {"d1": 2.0, "d2": 0.5}}
+    assert pool.corpus == {name: corpus[name] for name in ("d9", "d0", "d10", "d8", "d1", "d2")}
