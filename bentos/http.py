@@ -41,6 +41,8 @@ MODEL_HEADER, SPACE_HEADER, EXPECT_SPACE_HEADER = "X-Ekiben-Model", "X-Ekiben-Sp
 TIMEOUT_HEADER = "X-Ekiben-Timeout-Ms"
 UNAVAILABLE = "unavailable"  # value of both headers while no model is loaded
 CLIENT_GONE = 499  # in metrics and logs only: there is nobody to answer
+API_PAGE = "/"
+API_PAGE_POLICY = b"default-src 'self' 'unsafe-inline' data:"  # BentoML's page would load a tracker from elsewhere
 MODELS_FOLDER, MODEL_ROUTE = "/v1/models/", "/v1/models/{name}"
 logger = logging.getLogger("bentos")
 
@@ -146,6 +148,8 @@ class Frontend:
         if call.path == METRICS_PATH:
             self._before_metrics()
         own = self._own_headers(call)
+        if call.path == API_PAGE:
+            own.append((b"content-security-policy", API_PAGE_POLICY))
         call.status = await run_enveloped(self._app, scope, receive, send, route=call.route, headers=own)
 
     def _name_route(self, path: str) -> str:

@@ -116,6 +116,7 @@ class EmbeddingService:
         await self.encoder.start()
         self.observer.set_model(box.manifest, box.engine.precision)
         settle_memory()
+        logger.info("serving %s in %s, space %s", box.manifest.tag, box.engine.precision, box.manifest.space_id)
         self.watch = asyncio.create_task(self.keep_watch(), name="ekiben-watch")
 
     async def keep_watch(self) -> None:

@@ -230,6 +230,24 @@ def test_too_many_requests_at_once_are_refused(box: Lunchbox, metrics: ServeMetr
     serve(box, metrics, use, settings)
 
 
+def test_a_body_that_is_still_on_its_way_takes_no_place(box: Lunchbox, metrics: ServeMetrics) -> None:
+    async def use(client: httpx.AsyncClient, _: Encoder) -> None:
+        rest = asyncio.Event()
+
+        async def slow_body() -> Any:
+            yield b'{"texts": '
+            await rest.wait()
+            yield b'["hello"]}'
+
+        slow = [asyncio.create_task(client.post("/encode", content=slow_body(), headers=JSON)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (await client.post("/encode", json=HELLO)).status_code == 200
+        rest.set()
+        assert [response.status_code for response in await asyncio.gather(*slow)].count(200) >= 1
+
+    serve(box, metrics, use, ServeSettings(max_requests=1))
+
+
 def test_an_overload_says_when_to_come_back(box: Lunchbox, metrics: ServeMetrics) -> None:
     async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
         async def overload(*_: Any) -> Any:
