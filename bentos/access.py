@@ -66,11 +66,6 @@ class ApiKeys:
         self._looked_at = time.monotonic()
         self._problem: str | None = None
 
-    @property
-    def enabled(self) -> bool:
-        """Whether any key is asked for."""
-        return bool(self._digests)
-
     def is_open(self, path: str) -> bool:
         """Whether `path` answers without a key: health, documentation, playground, and metrics unless protected."""
         if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):

@@ -249,7 +249,7 @@ def _find_limits(settings: ServeSettings, manifest: Manifest | None) -> dict[str
     """What `x-limit` stands for: the type of the schemas meant, and what is known of them beyond it."""
     limits: dict[str, tuple[str, Schema]] = {
         "text": ("string", {"minLength": 1, "maxLength": settings.max_chars, "pattern": TEXT_PATTERN}),
-        "prompt_text": ("string", {"maxLength": settings.max_chars, "pattern": PROMPT_PATTERN}),
+        "prompt_text": ("string", {"maxLength": settings.max_prompt_chars, "pattern": PROMPT_PATTERN}),
         "texts": ("array", {"maxItems": settings.max_texts}),
     }
     if manifest is not None:

@@ -15,7 +15,9 @@ from starlette.types import ASGIApp
 from bentos.access import ApiKeys, add_cors
 from bentos.apidoc import build_document
 from bentos.connections import guard_connections
+from bentos.encoder import Encoder
 from bentos.envelope import list_paths
+from bentos.errors import NotReadyError
 from bentos.http import MODEL_ROUTE, Frontend
 from bentos.logs import configure_logging
 from bentos.manifest import Manifest
@@ -31,6 +33,7 @@ class EnvelopedService(bentoml.Service[Any]):
     settings: ServeSettings
     observer: Observer = Observer()  # of a process that does not serve, such as a build
     tracing: Tracing | None = None
+    instance: Any = None  # of the service in this process, once BentoML has made it
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """Build the application that the server process runs."""
@@ -44,13 +47,13 @@ class EnvelopedService(bentoml.Service[Any]):
         def bring_up_to_date() -> None:
             metrics.forget_dead_workers()
             metrics.set_connections(guard.connections)
-            if (encoder := bentoml.get_current_service().encoder) is not None:
-                encoder.report_queues()
+            if self.instance is not None and self.instance.encoder is not None:
+                self.instance.encoder.report_queues()
 
         frontend = Frontend(
             app,
             known_paths=paths,
-            get_encoder=lambda: bentoml.get_current_service().get_encoder(),
+            get_encoder=self._get_encoder,
             settings=self.settings,
             keys=ApiKeys(self.settings),
             metrics=metrics,
@@ -58,6 +61,17 @@ class EnvelopedService(bentoml.Service[Any]):
             before_metrics=bring_up_to_date,
         )
         return add_cors(frontend, self.settings)
+
+    def _get_encoder(self) -> Encoder:
+        """The model that is served; asked several times a request, so BentoML's own look-up is too slow.
+
+        Raises:
+            NotReadyError: when none is loaded.
+        """
+        if self.instance is None:
+            raise NotReadyError("the server is still starting")
+        encoder: Encoder = self.instance.get_encoder()
+        return encoder
 
     @property
     def openapi_spec(self) -> Any:

@@ -11,10 +11,11 @@ back: when somebody waits for one vector, the operating system takes the core fr
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from bentos.cache import VectorCache
@@ -27,9 +28,10 @@ from bentos.tokenizing import TokenizingThread
 from bentos.vectors import Vectors
 
 Input = str | Sequence[int]  # a text, or its token ids
-CHARS_PER_TOKEN = 4  # until a text is tokenized
+BYTES_PER_TOKEN = 4  # until a text is tokenized
 MAX_RETRY_AFTER_S = 60
 SUPERVISE_EVERY_S = 0.5
+logger = logging.getLogger("bentos")
 BULK_NICENESS = 10
 
 
@@ -49,12 +51,13 @@ class Limits:
 
     threads: int  # of each lane
     max_tokens: int  # a longer text is cut to so many
-    batch_tokens: int = 256
-    batch_texts: int = 8
-    interactive_texts: int = 4  # requests of more texts go by the bulk lane
-    queue_tokens: dict[str, int] = field(default_factory=lambda: {"interactive": 16_384, "bulk": 131_072})
-    cache_bytes: int = 0
-    stall_s: float = 60.0
+    batch_tokens: int
+    batch_texts: int
+    interactive_texts: int  # requests of more texts go by the bulk lane
+    interactive_wait_s: float  # an interactive request that would wait longer is refused
+    queue_tokens: Mapping[LaneName, int]
+    cache_bytes: int
+    stall_s: float
 
 
 class Batcher:
@@ -66,6 +69,7 @@ class Batcher:
         self._limits = limits
         self._observer = observer or Observer()
         self._cache = VectorCache(limits.cache_bytes)
+        self._generation = 0  # of vectors that may be kept
         self._in_flight: dict[Hashable, Text] = {}
         self._tokens: dict[LaneName, int] = {"interactive": 0, "bulk": 0}  # admitted and not yet computed
         self._lanes: dict[LaneName, Lane] = {
@@ -107,19 +111,22 @@ class Batcher:
         self._running = False
         if self._supervisor is not None:
             self._supervisor.cancel()
-        await asyncio.to_thread(self._tokenizer.stop)
+        untouched = await asyncio.to_thread(self._tokenizer.stop)
         left = [await asyncio.to_thread(lane.stop) for lane in self._lanes.values()]
         await asyncio.sleep(0)  # what the last batches delivered
         stopping = NotReadyError("the server is stopping; send the request again")
         for text in [*self._in_flight.values(), *(text for texts in left for text in texts)]:
             self._finish(cast(Text, text), stopping)
+        for request in untouched:
+            request.fail(stopping)
         self._loop = None
 
     def find_problem(self) -> str | None:
-        """Say which lane cannot compute at the moment, or None."""
+        """Say which thread cannot work at the moment, or None."""
         if not self._running:
             return "the batcher is not running"
-        return next((problem for lane in self._lanes.values() if (problem := lane.find_problem()) is not None), None)
+        checks = [self._tokenizer.find_problem, *(lane.find_problem for lane in self._lanes.values())]
+        return next((problem for check in checks if (problem := check()) is not None), None)
 
     def report_queues(self) -> None:
         """Tell the observer what waits now."""
@@ -154,11 +161,11 @@ class Batcher:
         if not inputs:
             raise ValueError("a request has at least one text")
         lane: LaneName = "interactive" if urgent or len(inputs) <= self._limits.interactive_texts else "bulk"
-        costs = [min(_estimate_tokens(each), self._limits.max_tokens) for each in inputs]
+        keys: list[Hashable] = [each if isinstance(each, str) else tuple(each) for each in inputs]
         if not urgent:
-            self._admit(lane, sum(costs), deadline)
+            self._admit(lane, keys, deadline)
         request = Request(len(inputs), lane, inspect, urgent)
-        self._add(request, inputs, costs)
+        self._take_in(request, keys)
         if request.new or inspect is not None:
             self._tokenizer.put(request)
         timer = None
@@ -173,52 +180,83 @@ class Batcher:
             if request.missing:
                 self._leave(request)
 
-    def _admit(self, lane: LaneName, tokens: int, deadline: float | None) -> None:
-        """Refuse what does not fit, or what would wait past its deadline. An empty queue takes any request."""
+    def _admit(self, lane: LaneName, keys: Sequence[Hashable], deadline: float | None) -> None:
+        """Refuse what does not fit, or would wait too long. What is known already, or meets an empty queue, goes in."""
         waiting, limit = self._tokens[lane], self._limits.queue_tokens[lane]
+        if not waiting:
+            return
+        new = {key for key in keys if key not in self._cache and self._find_in_flight(key, lane) is None}
+        if not new:
+            return
+        tokens = sum(self._estimate_tokens(key) for key in new)
         wait_s = waiting / self._lanes[lane].tokens_per_s
         retry_after_s = min(max(math.ceil(wait_s), 1), MAX_RETRY_AFTER_S)
-        if waiting and waiting + tokens > limit:
+        again = f"Try again in {retry_after_s} s"
+        if waiting + tokens > limit:
             self._observer.record_shed("queue")
             raise OverloadedError(
-                f"{waiting} tokens are waiting in the {lane} lane and the request has about {tokens}; at most {limit} "
-                f"may wait (EKIBEN_QUEUE_TOKENS_{lane.upper()}). Try again in {retry_after_s} s",
+                f"about {waiting} tokens are waiting in the {lane} lane and the request has about {tokens}; "
+                f"at most {limit} may wait (EKIBEN_QUEUE_TOKENS_{lane.upper()}). {again}",
                 retry_after_s=retry_after_s,
                 limit=limit,
             )
-        if deadline is not None and waiting and time.monotonic() + wait_s > deadline:
-            self._observer.record_shed("deadline")
+        # Some may always wait: the speed of a large model says nothing about its next text.
+        is_long = self._lanes[lane].texts >= self._limits.threads * self._limits.batch_texts
+        if lane == "interactive" and is_long and wait_s > (longest_s := self._limits.interactive_wait_s):
+            self._observer.record_shed("wait")
             raise OverloadedError(
-                f"the request would wait about {wait_s:.1f} s, longer than its time limit allows. "
-                f"Try again in {retry_after_s} s, or allow more time",
+                f"the request would wait about {wait_s:.1f} s in the interactive lane; at most {longest_s:g} s are "
+                f"allowed (EKIBEN_INTERACTIVE_WAIT_S). {again}",
+                retry_after_s=retry_after_s,
+                limit=longest_s,
+            )
+        if deadline is not None and time.monotonic() + wait_s > deadline:
+            self._observer.record_shed("deadline")
+            left_s = max(deadline - time.monotonic(), 0.0)
+            raise OverloadedError(
+                f"the request would wait about {wait_s:.1f} s, longer than the {left_s:.1f} s that are left of its "
+                f"time limit (X-Ekiben-Timeout-Ms, EKIBEN_TIMEOUT_S). {again}, or allow more time",
                 retry_after_s=retry_after_s,
             )
 
-    def _add(self, request: Request, inputs: Sequence[Input], costs: Sequence[int]) -> None:
-        """Find each text in the cache or in flight, or bring it in."""
+    def _estimate_tokens(self, key: Hashable) -> int:
+        """What a text will hold of the queue: its tokens, or a guess from its size that serves all scripts."""
+        guess = len(key.encode()) // BYTES_PER_TOKEN + 1 if isinstance(key, str) else len(cast(tuple[int, ...], key))
+        return min(guess, self._limits.max_tokens)
+
+    def _find_in_flight(self, key: Hashable, lane: LaneName) -> Text | None:
+        """The same text on its way for somebody else; the interactive lane does not wait for the bulk one."""
+        text = self._in_flight.get(key)
+        return text if text is not None and text.lane in (lane, "interactive") else None
+
+    def _take_in(self, request: Request, keys: Sequence[Hashable]) -> None:
+        """Find each text in the cache or in flight, or bring it in. The readiness check must see the model at work."""
         hits = shared = 0
-        for row, (each, cost) in enumerate(zip(inputs, costs, strict=True)):
-            key: Hashable = each if isinstance(each, str) else tuple(each)
-            if not request.urgent:  # the readiness check must see the model at work
-                if self._limits.cache_bytes and (cached := self._cache.get(key)) is not None:
-                    hits += 1
-                    request.put(row, *cached)
-                    continue
-                if (text := self._in_flight.get(key)) is not None:
-                    shared += 1
-                    text.waiters.append((request, row))
-                    request.texts[row] = text
-                    continue
-            text = Text(key=key, lane=request.lane, cost=cost, waiters=[(request, row)])
+        for row, key in enumerate(keys):
+            if not request.urgent and (cached := self._cache.get(key)) is not None:
+                hits += 1
+                request.put(row, *cached)
+                continue
+            text = None if request.urgent else self._find_in_flight(key, request.lane)
+            if text is None:
+                text = Text(key=key, lane=request.lane, cost=self._estimate_tokens(key), generation=self._generation)
+                request.new.append(text)
+                if not request.urgent:
+                    self._in_flight[key] = text
+                self._tokens[request.lane] += text.cost
+            else:
+                shared += 1
+            text.waiters.append((request, row))
             request.texts[row] = text
-            request.new.append(text)
-            if not request.urgent:
-                self._in_flight[key] = text
-            self._tokens[request.lane] += cost
-        if self._limits.cache_bytes:
-            self._observer.record_cache(hits, len(inputs) - hits)
+        if self._limits.cache_bytes and not request.urgent:
+            self._observer.record_cache(hits, len(keys) - hits)
         if shared:
             self._observer.record_duplicates(shared)
+
+    def forget(self) -> None:
+        """Throw the cache away, with what is being computed for it: the vectors are not to be trusted."""
+        self._cache = VectorCache(self._limits.cache_bytes)
+        self._generation += 1
 
     def _leave(self, request: Request) -> None:
         """The caller has gone, or has failed: what nobody else waits for need not be computed."""
@@ -232,7 +270,12 @@ class Batcher:
     def _expire(self, request: Request) -> None:
         if not request.answer.done():
             self._observer.record_shed("deadline")
-            request.fail(DeadlineExceededError("the request's time limit passed before it was computed"))
+            request.fail(
+                DeadlineExceededError(
+                    "the request's time limit (X-Ekiben-Timeout-Ms, at most EKIBEN_TIMEOUT_S) passed before it was "
+                    "computed: allow more time, or send fewer texts at once"
+                )
+            )
 
     def _settle(self, text: Text) -> None:
         """Take a text off the books."""
@@ -251,7 +294,7 @@ class Batcher:
             for request, _ in text.waiters:
                 request.fail(error)
             return
-        if self._limits.cache_bytes:
+        if text.generation == self._generation:
             self._cache.put(text.key, text.count, result)
         for request, row in text.waiters:
             request.put(row, text.count, result)
@@ -273,27 +316,28 @@ class Batcher:
     def _put_tokenized(self, request: Request) -> None:
         self._lanes[request.lane].put(request.new, urgent=request.urgent)
 
-    def _put_refused(self, request: Request, error: Exception, broken: bool) -> None:
-        self._call(self._refuse, request, error, broken)
+    def _put_refused(self, request: Request, error: Exception) -> None:
+        self._call(self._refuse, request, error)
 
-    def _refuse(self, request: Request, error: Exception, broken: bool) -> None:
+    def _refuse(self, request: Request, error: Exception) -> None:
         """Fail a request after tokenizing; the texts that others have joined meanwhile go on, if they have ids."""
         request.fail(error)
         self._leave(request)
         for text in request.new:
-            if not text.done and broken:
+            if text.done:
+                continue
+            if text.count is None:
                 self._finish(text, error)
-            elif not text.done:
+            else:
                 self._lanes[text.lane].put([text])
 
     async def _supervise(self) -> None:
         while True:
             await asyncio.sleep(SUPERVISE_EVERY_S)
-            self._tokenizer.supervise()
-            for lane in self._lanes.values():
-                lane.supervise()
-                lane.report()
-
-
-def _estimate_tokens(text: Input) -> int:
-    return len(text) // CHARS_PER_TOKEN + 1 if isinstance(text, str) else len(text)
+            try:
+                self._tokenizer.supervise()
+                for lane in self._lanes.values():
+                    lane.supervise()
+                    lane.report()
+            except Exception:  # whatever it is, the next look may heal it
+                logger.exception("the lanes could not be looked after")

@@ -29,6 +29,9 @@ class VectorCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
     def get(self, key: Hashable) -> Cached | None:
         """Find token count and vector (dim,), or None."""
         entry = self._entries.get(key)

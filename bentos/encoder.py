@@ -20,7 +20,6 @@ from bentos.openai import EmbeddingsRequest, list_models, write_embeddings, writ
 from bentos.render import Base64Rows, convert_rows
 from bentos.rules import ModelRules
 from bentos.schemas import (
-    BatchableRequest,
     DoorRequest,
     EncodeRequest,
     PredictRequest,
@@ -138,9 +137,13 @@ class Encoder:
         return write_embeddings(rows, tokens, self.manifest.tag, base64=request.encoding_format == "base64")
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
-        """Embed texts that were already checked, with all that may be chosen left at its default."""
-        rows, _ = await self._embed_plainly(BatchableRequest.model_construct(texts=list(texts)), None)
-        return rows
+        """Embed texts of several callers, which were already checked: those that are too long are cut."""
+        self._check_trust()
+        prompt = self._rules.choose_prompt()
+        embedded = await self._batcher.embed([apply_prompt(clean_text(text), prompt) for text in texts])
+        self._check_trust()
+        self._record(embedded.texts)
+        return convert_rows(_shape(embedded.vectors, self.manifest.dim, unit=self.manifest.normalize), "float32")
 
     def list_models(self) -> dict[str, Any]:
         """Answer GET /v1/models."""
@@ -186,14 +189,15 @@ class Encoder:
         except Exception as error:  # whatever it is, the server is not ready, and must say why
             return f"the canary texts cannot be embedded: {error}"
         self._deviation = self.box.find_deviation(embedded.vectors)
+        if self._deviation is not None:
+            self._batcher.forget()
         return self._batcher.find_problem()
 
     async def _embed(
         self, request: DoorRequest, prompts: Sequence[str | None], deadline: float | None
     ) -> tuple[Vectors, list[TokenCount]]:
         """Raw vectors of all texts of a request, field after field, each with its field's prompt before it."""
-        if self._deviation is not None:
-            raise NotReadyError(self._deviation)
+        self._check_trust()
         fields = list(request.text_fields())
         inputs = [
             apply_prompt(clean_text(text), prompt) if isinstance(text, str) else text
@@ -202,12 +206,19 @@ class Encoder:
         ]
         inspect = self._rules.make_inspection(fields, refuse_overflow=request.refuses_overflow)
         embedded = await self._batcher.embed(inputs, deadline=deadline, inspect=inspect)
+        self._check_trust()
         if inspect is not None:
             inspect(embedded.texts)  # again, with those that were in the cache or under way
-        counts = embedded.texts
+        self._record(embedded.texts)
+        return embedded.vectors, embedded.texts
+
+    def _record(self, counts: Sequence[TokenCount]) -> None:
         tokens = sum(count.tokens_total for count in counts)
         self._observer.record_texts(len(counts), tokens, sum(count.truncated for count in counts))
-        return embedded.vectors, embedded.texts
+
+    def _check_trust(self) -> None:
+        if self._deviation is not None:
+            raise NotReadyError(self._deviation)
 
     async def _embed_plainly(self, request: DoorRequest, deadline: float | None) -> tuple[Vectors, list[TokenCount]]:
         """Finished vectors, with all that may be chosen left at its default."""
@@ -246,6 +257,7 @@ def _choose_limits(settings: ServeSettings, manifest: Manifest) -> Limits:
         batch_tokens=settings.batch_tokens,
         batch_texts=settings.batch_texts,
         interactive_texts=settings.interactive_texts,
+        interactive_wait_s=settings.interactive_wait_s,
         queue_tokens={"interactive": settings.queue_tokens_interactive, "bulk": settings.queue_tokens_bulk},
         cache_bytes=settings.cache_mb * 2**20,
         stall_s=settings.stall_s,

@@ -107,6 +107,11 @@ class Engine:
             )
         except Exception as error:
             raise LunchboxError(f"{file_name} cannot be loaded: {error}") from error
+        if provider not in self._session.get_providers():  # ONNX Runtime falls back to the CPU with a line in its log
+            raise LunchboxError(
+                f"the device {device!r} cannot be used: {provider} did not start (are the driver, CUDA and cuDNN that "
+                "onnxruntime-gpu asks for installed?); set EKIBEN_DEVICE=cpu to serve from the CPU"
+            )
         for tokenizer in (self._tokenizer, self._cutter):
             tokenizer.no_truncation()
             tokenizer.no_padding()

@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bentos.errors import ServeError
 
 UNKNOWN_PATH = "/unknown"
+ASKED_PATH = "ekiben.asked_path"  # in the scope of a request whose path was folded into its route
+DEFAULT_RETRY_AFTER_S = "1"
 CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 429: "overloaded", 503: "not_ready"}
 CODES |= {500: "internal", 504: "timeout"}
 
@@ -35,12 +37,12 @@ async def run_enveloped(
         scope: of the request.
         receive: of the request.
         send: of the request.
-        route: the known path, or `UNKNOWN_PATH`.
+        route: the known path that the asked one counts as, or `UNKNOWN_PATH`.
         headers: added to the answer.
     """
     asked = scope["path"]
-    if route == UNKNOWN_PATH:
-        scope = {**scope, "path": UNKNOWN_PATH, "raw_path": UNKNOWN_PATH.encode()}
+    if route != asked:  # BentoML's metrics have the path as a label
+        scope = {**scope, "path": route, "raw_path": route.encode(), ASKED_PATH: asked}
     status = 500
     held: Message | None = None  # the start of an error, until its body shows whether it has the shape
     body = b""
@@ -62,6 +64,8 @@ async def run_enveloped(
             body = _shape_error(status, body, scope["method"], asked)
             started = MutableHeaders(raw=held["headers"])
             started["Content-Type"], started["Content-Length"] = "application/json", str(len(body))
+            if status == 429:
+                started.setdefault("Retry-After", DEFAULT_RETRY_AFTER_S)
             await send(held)
             held, message = None, {"type": "http.response.body", "body": body}
         await send(message)
@@ -72,13 +76,16 @@ async def run_enveloped(
 
 def _shape_error(status: int, body: bytes, method: str, path: str) -> bytes:
     """Leave an error of ours as it is, and give any other the same shape."""
+    told = None
     try:
-        error = orjson.loads(body)["error"]
-        if isinstance(error["code"], str) and isinstance(error["message"], str):
+        content = orjson.loads(body)
+        if isinstance(content, list):  # BentoML's own errors: [{"error": "what was raised in an api"}]
+            told = content[0]["error"]
+        elif isinstance(content["error"]["code"], str) and isinstance(content["error"]["message"], str):
             return body
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (orjson.JSONDecodeError, LookupError, TypeError):
         pass
-    message = {
+    message = told or {
         404: f"there is no {method} {path} here; /docs.json lists the routes",
         405: f"{path} does not take {method}; /docs.json lists the routes and their methods",
         429: "too many requests at once; try again in a moment",

@@ -30,7 +30,7 @@ from bentos.errors import (
 )
 from bentos.logs import REQUEST_ID, REQUEST_ID_HEADER
 from bentos.metrics import ServeMetrics
-from bentos.openai import describe_error
+from bentos.openai import PREFIX, describe_error
 from bentos.parsing import parse_request
 from bentos.receiving import ClientGoneError, DisconnectWatch, Headers, check_media_type, read_body
 from bentos.render import JSON, Rendered, negotiate, render
@@ -43,7 +43,7 @@ UNAVAILABLE = "unavailable"  # value of both headers while no model is loaded
 CLIENT_GONE = 499  # in metrics and logs only: there is nobody to answer
 API_PAGE = "/"
 API_PAGE_POLICY = b"default-src 'self' 'unsafe-inline' data:"  # BentoML's page would load a tracker from elsewhere
-MODELS_FOLDER, MODEL_ROUTE = "/v1/models/", "/v1/models/{name}"
+MODELS_FOLDER, MODEL_ROUTE = f"{PREFIX}models/", f"{PREFIX}models/{{name}}"
 logger = logging.getLogger("bentos")
 
 GetEncoder = Callable[[], Encoder]  # raises NotReadyError while no model is loaded
@@ -58,7 +58,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 def render_error(error: ServeError, path: str) -> Rendered:
     """Write an error in the one shape; OpenAI's clients also get what they look for."""
     content = {"code": error.code, "message": error.message, **({"details": error.details} if error.details else {})}
-    if path.startswith("/v1/"):
+    if path.startswith(PREFIX):
         content |= describe_error(error)
     headers = {}
     if "retry_after_s" in error.details:
@@ -203,6 +203,7 @@ class Frontend:
         negotiate(headers.get(b"accept", b"").decode("latin-1"), door.offered)
         body = await self._check_body(headers, receive)
         parse_request(door.request, body, self._settings)
+        self._get_encoder()  # or say why there is none
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:

@@ -67,7 +67,8 @@ class Text(LaneText):
 
     key: Hashable = None
     lane: LaneName = "interactive"
-    cost: int = 0  # tokens that it holds in the queue: estimated first, then counted
+    cost: int = 0  # tokens that it holds in the queue, estimated
     count: TokenCount | None = None
+    generation: int = 0  # of vectors that may be kept
     waiters: list[tuple[Request, int]] = field(default_factory=list)
     done: bool = False

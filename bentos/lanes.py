@@ -143,22 +143,23 @@ class Lane:
     def supervise(self) -> None:
         """Replace threads that died or hang; their texts go to the head of the queue, or are given up."""
         for position, worker in enumerate(self._workers):
-            if self._stopping or worker.thread is None or (worker.thread.is_alive() and not self._hangs(worker)):
-                continue
             with self._changed:
+                if self._stopping or worker.thread is None or (worker.thread.is_alive() and not self._hangs(worker)):
+                    continue
                 worker.abandoned = True
-                batch = worker.batch
+                batch, worker.batch = worker.batch, ()
             how = "hangs" if worker.thread.is_alive() else "died"
             logger.error("a thread of the lane %s %s; it is replaced (%d texts again)", self.name, how, len(batch))
             self._observer.record_lane_restart(self.name)
-            self._workers[position] = replacement = _Worker()
-            self._start(replacement)
             for text in batch:
                 text.attempts += 1
+                text.alone = True  # the second time only the guilty one fails
             self.put([text for text in batch if text.attempts < MAX_ATTEMPTS], urgent=True)
             if lost := [text for text in batch if text.attempts >= MAX_ATTEMPTS]:
                 error = NotReadyError("the model ended twice while it computed this text; it was given up")
                 self._deliver(lost, [error] * len(lost))
+            self._workers[position] = replacement = _Worker()
+            self._start(replacement)
 
     def find_problem(self) -> str | None:
         """Say whether a thread is dead, or hangs, or that all is well (None)."""
@@ -182,20 +183,24 @@ class Lane:
         _stand_back(self._niceness)
         while True:
             with self._changed:
-                while not self._stopping and not (batch := self._queue.take(len(self._workers))):
+                batch: list[LaneText] = []
+                while not self._stopping and not worker.abandoned:
+                    if batch := self._queue.take(len(self._workers)):
+                        break
                     self._changed.wait()
-                if self._stopping:
+                if not batch:
                     return
                 worker.started, worker.batch = time.monotonic(), batch
-            results = self._compute(batch, worker.started)
+            results = self._compute(batch)
             with self._changed:
                 if worker.abandoned:  # too late: the texts are in other hands
                     return
                 worker.batch = ()
             self._deliver(batch, results)
 
-    def _compute(self, batch: list[LaneText], taken: float) -> Sequence[Result]:
+    def _compute(self, batch: list[LaneText]) -> Sequence[Result]:
         """Compute a batch; when it fails, compute each text by itself, so that only the guilty ones fail."""
+        taken = time.monotonic()
         try:
             vectors = self._infer([text.ids for text in batch])
             if len(vectors) != len(batch):
@@ -203,7 +208,7 @@ class Lane:
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            return [self._compute([text], taken)[0] for text in batch]
+            return [self._compute([text])[0] for text in batch]
         infer_s = time.monotonic() - taken
         lengths = [len(text.ids) for text in batch]
         tokens = sum(lengths)

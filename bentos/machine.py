@@ -6,6 +6,7 @@ import ctypes
 import gc
 import math
 import os
+import sys
 from pathlib import Path
 
 QUOTA_FILES = ("cpu.max", "cpu/cpu.cfs_quota_us")  # version 2 and version 1 of control groups
@@ -40,6 +41,5 @@ def settle_memory() -> None:
     """Once all is loaded: give back what loading took for a while, and never search what stays for garbage."""
     gc.collect()
     gc.freeze()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it: some 30 MB after a model of 90 MB
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # glibc has it: some 30 MB after a model of 90 MB

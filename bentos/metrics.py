@@ -21,11 +21,11 @@ from typing import Generic, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from bentos.envelope import UNKNOWN_PATH
 from bentos.manifest import Manifest
 from bentos.observer import BatchRecord, Observer
 from bentos.settings import ServeSettings, use_prometheus_folder
 
-UNKNOWN_ROUTE = "/unknown"
 LANES = ("interactive", "bulk")
 STAGES = ("tokenize", "queue", "infer", "respond")
 REQUEST_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)  # seconds
@@ -138,7 +138,7 @@ class ServeMetrics(Observer):
     def record_request(self, route: str, code: int, seconds: float) -> None:
         """Take note of a request that was answered, with `seconds` since the end of its headers."""
         if route not in self._routes:
-            route = UNKNOWN_ROUTE
+            route = UNKNOWN_PATH
         self._requests[route, str(code)].inc()
         self._request_s[(route,)].observe(seconds)
 

@@ -30,7 +30,7 @@ class Observer:
         """Take note of time spent: `tokenize` or `respond`; `queue` and `infer` come with the batches."""
 
     def record_shed(self, reason: str) -> None:
-        """Take note of a request that was refused or given up for lack of time: `queue`, `deadline`, `gone`, ..."""
+        """Take note of a request that found no room or no time: `requests`, `queue`, `wait` or `deadline`."""
 
     def record_cache(self, hits: int, misses: int) -> None:
         """Take note of texts looked up in the cache."""

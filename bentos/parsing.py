@@ -78,22 +78,25 @@ def _check_texts(request: DoorRequest, settings: ServeSettings) -> None:
             found=count,
             limit=settings.max_texts,
         )
-    prompts = [TextField(name, [text], is_list=False) for name, text in request.literal_prompts() if text]
-    for field in (*fields, *prompts):
+    for field in fields:
         for row, text in enumerate(field.texts):
             if isinstance(text, str):
-                _check_text(field, row, text, settings)
+                _check_text(field, row, text, settings.max_chars, "EKIBEN_MAX_CHARS")
+    for name, prompt in request.literal_prompts():
+        if prompt:
+            field = TextField(name, [prompt], is_list=False)
+            _check_text(field, 0, prompt, settings.max_prompt_chars, "EKIBEN_MAX_PROMPT_CHARS")
 
 
-def _check_text(field: TextField, row: int, text: str, settings: ServeSettings) -> None:
-    if len(text) > settings.max_chars:
+def _check_text(field: TextField, row: int, text: str, limit: int, setting: str) -> None:
+    if len(text) > limit:
         name = field.label(row)
         raise TooLargeError(
-            f"`{name}` has {len(text)} characters; at most {settings.max_chars} are allowed. "
-            "Split the text, or raise EKIBEN_MAX_CHARS on the server",
+            f"`{name}` has {len(text)} characters; at most {limit} are allowed. "
+            f"Split or shorten it, or raise {setting} on the server",
             field=name,
             found=len(text),
-            limit=settings.max_chars,
+            limit=limit,
         )
     if (problem := text_problem(text)) is not None:
         name = field.label(row)

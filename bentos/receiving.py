@@ -46,8 +46,8 @@ class DisconnectWatch:
         self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        if self._gone and self._task is not None:
-            self._task.uncancel()
+        # Somebody else may want the task ended as well: then it is not for us to say that it goes on.
+        if self._gone and self._task is not None and self._task.uncancel() == 0:
             raise ClientGoneError from None
 
 

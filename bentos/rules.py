@@ -5,15 +5,14 @@ Every check raises the error that says what was found, what is allowed and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from bentos.engine import Engine, TokenCount
 from bentos.errors import InvalidRequestError, TextTooLongError, TooLargeError, UnknownModelError
+from bentos.inflight import Inspect
 from bentos.manifest import Manifest
 from bentos.schemas import TextField
 from bentos.settings import ServeSettings
-
-Inspect = Callable[[Sequence[TokenCount]], None]
 
 
 class ModelRules:

@@ -26,6 +26,7 @@ class QueuedText:
 
     ids: Sequence[int] = ()
     turn: float = 0.0
+    alone: bool = field(default=False, init=False)  # has no mates
     queued: bool = field(default=False, init=False)
     dropped: bool = field(default=False, init=False)  # nobody waits for it any more
 
@@ -82,9 +83,10 @@ class Queue(Generic[T]):
             return []
         self._batches += 1
         first = window[0]
-        most = min(self._batch_texts, math.ceil(self.texts / takers))
+        most = 1 if first.alone else min(self._batch_texts, math.ceil(self.texts / takers))
         batch, longest = [first], len(first.ids)
-        for text in sorted(window[1:], key=lambda text: abs(len(text.ids) - longest)) if most > 1 else ():
+        mates = [text for text in window[1:] if not text.alone] if most > 1 else []
+        for text in sorted(mates, key=lambda text: abs(len(text.ids) - longest)):
             longest = max(longest, len(text.ids))
             if len(batch) == most or longest * (len(batch) + 1) > self._batch_tokens:
                 break

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from bentos.access import ApiKeys
 from bentos.application import EnvelopedService
 from bentos.doors import DOORS_BY_PATH
 from bentos.encoder import Encoder
-from bentos.envelope import ServeErrors
+from bentos.envelope import ASKED_PATH, ServeErrors
 from bentos.errors import LunchboxError, NotReadyError, ServeError, SettingsError
-from bentos.http import json_response, render_error
+from bentos.http import MODEL_ROUTE, MODELS_FOLDER, json_response, render_error
 from bentos.lunchbox import open_lunchbox
 from bentos.machine import settle_memory
 from bentos.observer import Observer
@@ -64,7 +65,8 @@ async def get_health(_: Request) -> Response:
 
 async def get_models(request: Request) -> Response:
     """List the names of the model, or look one of them up, in OpenAI's shape."""
-    name = request.path_params.get("name")
+    asked: str = request.scope.get(ASKED_PATH, request.url.path)
+    name = asked.removeprefix(MODELS_FOLDER) if request.path_params else None
     try:
         encoder = bentoml.get_current_service().get_encoder()
         return json_response(encoder.list_models() if name is None else encoder.find_model(name))
@@ -88,6 +90,7 @@ class EmbeddingService:
     def __init__(self) -> None:
         self.encoder: Encoder | None = None
         self.observer: Observer = SERVICE.observer
+        SERVICE.instance = self
         self.refusal = "the model is still loading"
         self.watch: asyncio.Task[None] | None = None
 
@@ -117,13 +120,17 @@ class EmbeddingService:
         self.observer.set_model(box.manifest, box.engine.precision)
         settle_memory()
         logger.info("serving %s in %s, space %s", box.manifest.tag, box.engine.precision, box.manifest.space_id)
+        await self.find_problem()  # also tells the metrics
         self.watch = asyncio.create_task(self.keep_watch(), name="ekiben-watch")
 
     async def keep_watch(self) -> None:
         """Ask the canary now and then, also when nobody asks for readiness: wrong vectors must stop by themselves."""
         while True:
-            await self.find_problem()
             await asyncio.sleep(WATCH_EVERY_S)
+            try:
+                await self.find_problem()
+            except Exception:  # whatever it is, the next look may find out more
+                logger.exception("the server could not be looked after")
 
     @bentoml.on_shutdown
     async def unload(self) -> None:
@@ -194,7 +201,10 @@ class EmbeddingService:
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCHED_TEXTS)
     async def encode_batchable(self, texts: list[str]) -> list[list[float]]:
         """Embed texts by BentoML's own adaptive batching, for comparison with /encode."""
-        vectors: np.ndarray[Any, Any] = await self.get_encoder().embed_texts(texts)
+        try:
+            vectors: np.ndarray[Any, Any] = await self.get_encoder().embed_texts(texts)
+        except ServeError as error:  # BentoML shows the status of its own errors only
+            raise BentoMLException(error.message, error_code=HTTPStatus(error.status)) from error
         rows: list[list[float]] = vectors.tolist()
         return rows
 
@@ -226,7 +236,7 @@ SERVICE.mount_asgi_app(
         routes=[
             Route("/health", get_health),
             Route("/v1/models", get_models),
-            Route("/v1/models/{name:path}", get_models),
+            Route(MODEL_ROUTE, get_models),
             *make_routes(),
         ]
     )

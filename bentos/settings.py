@@ -66,6 +66,13 @@ class ServeSettings(BaseSettings):
         description="Requests of at most so many texts go by the interactive lane; longer ones go by the bulk lane, "
         "which stands back for it.",
     )
+    interactive_wait_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=86_400,
+        description="Seconds that a request may have to wait in the interactive lane, by the speed measured; "
+        "beyond, it is answered 429. Some texts may always wait.",
+    )
     queue_tokens_interactive: int = Field(
         default=16_384,
         ge=1,
@@ -121,6 +128,12 @@ class ServeSettings(BaseSettings):
         ge=1,
         le=10_000_000,
         description="Characters a text, before tokenizing; a longer one is answered 413.",
+    )
+    max_prompt_chars: int = Field(
+        default=1000,
+        ge=0,
+        le=10_000_000,
+        description="Characters of a literal prompt, which is put before every text; a longer one is answered 413.",
     )
     max_text_tokens: int = Field(
         default=0,

@@ -19,14 +19,14 @@ logger = logging.getLogger("bentos")
 
 
 class TokenizingThread:
-    """The thread that tokenizes: short requests first, long ones in turns of bounded size."""
+    """Gives the texts of requests their token ids, and hands each request on when all of its texts have them."""
 
     def __init__(
         self,
         tokenize: Tokenize,
         observer: Observer,
         put_tokenized: Callable[[Request], None],
-        put_refused: Callable[[Request, Exception, bool], None],
+        put_refused: Callable[[Request, Exception], None],
     ) -> None:
         """Prepare the thread.
 
@@ -34,7 +34,7 @@ class TokenizingThread:
             tokenize: turns texts into token ids.
             observer: hears how long it took.
             put_tokenized: takes a request whose texts have their ids; called in the thread.
-            put_refused: takes a request that failed, why, and whether the fault is the tokenizer's.
+            put_refused: takes a request that failed, and why.
         """
         self._tokenize_texts = tokenize
         self._observer = observer
@@ -54,13 +54,19 @@ class TokenizingThread:
         self._thread = threading.Thread(target=self._run, name="ekiben-tokenize", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after what it is at."""
+    def stop(self) -> list[Request]:
+        """End the thread after what it is at; return the requests that nobody will tokenize any more."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(10)
+        return [request for queue in self._waiting.values() for request, _ in queue]
+
+    def find_problem(self) -> str | None:
+        """Say whether the thread is dead, or that all is well (None)."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return None if alive else "the tokenizing thread is dead"
 
     def supervise(self) -> None:
         """Replace the thread when it died; the request that it was at fails."""
@@ -69,7 +75,8 @@ class TokenizingThread:
         logger.error("the tokenizing thread died; it is replaced")
         self._observer.record_lane_restart("tokenize")
         if (request := self._at) is not None:
-            self._put_refused(request, NotReadyError("the tokenizer ended at this request"), True)
+            self._at = None
+            self._put_refused(request, NotReadyError("the tokenizer ended at this request"))
         self.start()
 
     def put(self, request: Request) -> None:
@@ -90,27 +97,47 @@ class TokenizingThread:
                 request, turns = queue.popleft()
             self._at = request
             try:
-                if (texts := next(turns, None)) is not None:
+                texts = next(turns, None)
+                if texts is None:
+                    request.be_inspected()
+                else:
                     self._tokenize(texts)
+            except Exception as error:
+                self._put_refused(request, error)
+            else:
+                if texts is None:
+                    self._put_tokenized(request)
+                else:
                     with self._changed:
                         self._waiting[request.lane].appendleft((request, turns))
-                    continue
-            except Exception as error:
-                self._put_refused(request, error, True)
-                continue
-            try:
-                request.be_inspected()
-            except Exception as error:
-                self._put_refused(request, error, False)
-            else:
-                self._put_tokenized(request)
+            self._at = None  # not when the thread dies: then it is asked for
 
     def _tokenize(self, texts: Sequence[Text]) -> None:
+        """Give ids to the texts that have none; when that fails, one by one, so that only the guilty ones go without.
+
+        Raises:
+            Exception: what the tokenizer raised for the last guilty one.
+        """
         started = time.perf_counter()
-        texts = [text for text in texts if text.count is None]
+        # What nobody waits for any more is done already, and costs nothing.
+        if not (texts := [text for text in texts if text.count is None and not text.done]):
+            return
         plain = [(text, text.key) for text in texts if isinstance(text.key, str)]
-        for (text, _), tokenized in zip(plain, self._tokenize_texts([key for _, key in plain]), strict=True):
-            text.ids, text.count = tokenized.ids, tokenized.count
+        try:
+            for (text, _), tokenized in zip(plain, self._tokenize_texts([key for _, key in plain]), strict=True):
+                text.ids, text.count = tokenized.ids, tokenized.count
+        except Exception:
+            if len(texts) == 1:
+                raise
+            guilty: list[Exception] = []
+            for text in texts:
+                try:
+                    self._tokenize([text])
+                except Exception as error:
+                    guilty.append(error)
+            if guilty:
+                raise guilty[-1] from None
+            return
         for text in texts:
             if isinstance(text.key, tuple):
                 text.ids, text.count = text.key, TokenCount(len(text.key), truncated=False)

@@ -9,6 +9,8 @@ import string
 from pathlib import Path
 from typing import Any
 
+from bentos.batcher import Limits
+
 TINY_DIM = 32
 TINY_MAX_TOKENS = 64
 TINY_RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -151,3 +153,19 @@ def make_tiny_lunchbox(
     )
     pack_lunchbox(model_path, folder, facts, min_cosine=0.9999)
     return folder
+
+
+def make_limits(**changed: Any) -> Limits:
+    """Limits of a batcher: one thread, and else as wide as no test minds."""
+    usual: dict[str, Any] = {
+        "threads": 1,
+        "max_tokens": TINY_MAX_TOKENS,
+        "batch_tokens": 64,
+        "batch_texts": 8,
+        "interactive_texts": 4,
+        "interactive_wait_s": 60.0,
+        "queue_tokens": {"interactive": 10_000, "bulk": 100_000},
+        "cache_bytes": 0,
+        "stall_s": 60.0,
+    }
+    return Limits(**usual | changed)

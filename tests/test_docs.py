@@ -43,7 +43,13 @@ def test_the_readme_holds_no_placeholder() -> None:
     assert re.findall(r"STS_|TODO|XXX|\b0{8}\b|<[a-z ]+>", (ROOT / "README.md").read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES[1:] if not re.search(rf"\]\(docs/{re.escape(page.name)}[)#]", readme)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_make_target_that_is_shown_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")

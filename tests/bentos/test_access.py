@@ -48,7 +48,6 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 def test_without_keys_everybody_may_ask() -> None:
     keys = ApiKeys(ServeSettings())
-    assert not keys.enabled
     assert keys.check(None, None) is None
     assert keys.check(b"Bearer whatever", None) is None
     assert keys.is_open("/encode")
@@ -58,7 +57,7 @@ def test_without_keys_everybody_may_ask() -> None:
 def test_several_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
     monkeypatch.setenv("EKIBEN_API_KEYS", FIRST + separator + SECOND)
     keys = ApiKeys(ServeSettings())
-    assert keys.enabled
+    assert not keys.is_open("/encode")
     assert accepts(keys, FIRST)
     assert accepts(keys, SECOND)
     assert not accepts(keys, FIRST + separator + SECOND)

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bentos.batcher import Batcher, Limits
+from bentos.batcher import Batcher
 from bentos.engine import TokenCount, TokenizedText
 from bentos.errors import DeadlineExceededError, NotReadyError, OverloadedError, TextTooLongError
+from bentos.inflight import LaneName
 from bentos.observer import BatchRecord, Observer
+from tests.factories import make_limits
 
 POISON, KILLER, HANGER = 666, 667, 668
 MAX_TOKENS = 30
@@ -104,8 +106,7 @@ def run(
     test: Callable[[Batcher], Awaitable[None]], model: FakeModel, observer: Observer | None = None, **limits: Any
 ) -> None:
     async def main() -> None:
-        own = Limits(**{"threads": 1, "max_tokens": MAX_TOKENS, "batch_tokens": 64, **limits})
-        batcher = Batcher(model, own, observer)
+        batcher = Batcher(model, make_limits(max_tokens=MAX_TOKENS, **{"batch_tokens": 64, **limits}), observer)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher), timeout=20)
@@ -291,7 +292,7 @@ def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once() -> None:
         await model.wait_until_busy()
         waiting = [embed(batcher, [n, *[1] * 29]) for n in range(50)]
         await settle(batcher, 50)
-        with pytest.raises(OverloadedError, match="longer than its time limit allows"):
+        with pytest.raises(OverloadedError, match="longer than the"):
             await embed(batcher, [2], deadline=time.monotonic() + 0.001)
         model.gate.release(1000)
         await asyncio.gather(first, *waiting)
@@ -373,6 +374,154 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert ("shed", "queue") in notes.heard
 
 
+def test_an_interactive_request_that_would_wait_too_long_is_refused() -> None:
+    model, notes = FakeModel(gated=True), Notes()
+
+    async def test(batcher: Batcher) -> None:
+        first = embed(batcher, [1])
+        await model.wait_until_busy()
+        waiting = [embed(batcher, [n]) for n in range(2, 10)]  # one batch of eight may always wait
+        await settle(batcher, 8)
+        with pytest.raises(OverloadedError, match="EKIBEN_INTERACTIVE_WAIT_S"):
+            await embed(batcher, [10])
+        bulk = embed(batcher, *[[n] for n in range(20, 26)])
+        model.gate.release(100)
+        await asyncio.gather(first, bulk, *waiting)
+
+    run(test, model, notes, interactive_wait_s=1e-6)
+    assert ("shed", "wait") in notes.heard
+
+
+def test_what_is_known_already_is_answered_however_full_the_queue_is() -> None:
+    model = FakeModel(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        model.gate.release(1)
+        await embed(batcher, [7])  # into the cache
+        await model.wait_until_busy()
+        first = embed(batcher, [1])
+        await model.wait_until_busy()
+        waiting = embed(batcher, [2], [3], [4], [5])
+        await settle(batcher, 4)
+        with pytest.raises(OverloadedError):
+            await embed(batcher, [6], [8])
+        assert (await embed(batcher, [7])).vectors.tolist() == [[7, 1]]
+        shared = embed(batcher, [2], [7])
+        model.gate.release(100)
+        await asyncio.gather(first, waiting, shared)
+
+    run(test, model, cache_bytes=100_000, queue_tokens={"interactive": 5, "bulk": 5})
+
+
+def test_vectors_that_are_not_to_be_trusted_leave_the_cache_and_do_not_come_back() -> None:
+    model = FakeModel(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        model.gate.release(1)
+        await embed(batcher, [7])
+        await model.wait_until_busy()
+        in_flight = embed(batcher, [8])
+        await model.wait_until_busy()
+        batcher.forget()
+        model.gate.release(100)
+        await in_flight
+        await asyncio.gather(embed(batcher, [7]), embed(batcher, [8]))
+
+    run(test, model, cache_bytes=100_000)
+    assert sorted(model.texts) == [[7], [7], [8], [8]]
+
+
+def test_a_short_request_does_not_wait_for_the_same_text_in_the_bulk_lane() -> None:
+    model = FakeModel(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        bulk = embed(batcher, *[[n] for n in range(1, 21)])
+        await model.wait_until_busy()
+        short = embed(batcher, [20])
+        await model.wait_until_busy()
+        assert model.batches[1] == [[20]]
+        model.gate.release(100)
+        answers = await asyncio.gather(bulk, short)
+        assert [len(answer.vectors) for answer in answers] == [20, 1]
+
+    run(test, model)
+
+
+def test_a_request_that_is_gone_is_not_even_tokenized() -> None:
+    class Slow(FakeModel):
+        def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+            self.entered.release()
+            self.gate.acquire()
+            return super().tokenize(texts)
+
+    model = Slow(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        first = embed(batcher, [1])
+        await model.wait_until_busy()
+        dead, alive = embed(batcher, [2], [3]), embed(batcher, [4])
+        await asyncio.sleep(0.01)
+        dead.cancel()
+        await asyncio.sleep(0.01)
+        model.gate.release(100)
+        await asyncio.gather(first, alive)
+
+    run(test, model)
+    assert model.tokenized == ["1", "4"]
+
+
+def test_a_text_that_cannot_be_tokenized_fails_its_own_request_only() -> None:
+    model = FakeModel(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        first = embed(batcher, [9])
+        await model.wait_until_busy()
+        guilty = asyncio.create_task(batcher.embed(["5", "six"]))
+        sharing = embed(batcher, [5])
+        with pytest.raises(ValueError, match="six"):
+            await guilty
+        model.gate.release(100)
+        assert (await sharing).vectors.tolist() == [[5, 1]]
+        await first
+
+    run(test, model)
+
+
+def test_a_thread_that_ends_its_long_batch_as_it_is_given_up_loses_nothing() -> None:
+    model = FakeModel(gated=True)
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [embed(batcher, [1])]
+        await model.wait_until_busy()
+        tasks.append(embed(batcher, [2]))
+        await settle(batcher, 1)
+        await asyncio.sleep(0.1)  # it hangs by now
+        lane = batcher._lanes["interactive"]
+        await asyncio.gather(asyncio.to_thread(lane.supervise), asyncio.to_thread(model.gate.release, 100))
+        answers = await asyncio.gather(*tasks)
+        assert [answer.vectors.tolist() for answer in answers] == [[[1, 1]], [[2, 1]]]
+
+    for _ in range(20):
+        model = FakeModel(gated=True)
+        run(test, model, stall_s=0.05)
+
+
+def test_the_supervisor_outlives_an_observer_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Notes):
+        def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float) -> None:
+            self.heard.append(("queue",))
+            raise OSError("disk full")
+
+    monkeypatch.setattr("bentos.batcher.SUPERVISE_EVERY_S", 0.01)
+    notes = Failing()
+
+    async def test(batcher: Batcher) -> None:
+        while notes.heard.count(("queue",)) < 3:
+            await asyncio.sleep(0.01)
+
+    run(test, FakeModel(), notes)
+
+
 def test_a_request_larger_than_the_queue_finds_room_when_it_is_empty() -> None:
     async def test(batcher: Batcher) -> None:
         for _ in range(2):  # the first one has left the books
@@ -407,6 +556,28 @@ def test_a_text_that_kills_every_thread_is_given_up() -> None:
     assert notes.heard.count(("restart", "interactive")) == 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_text_that_kills_every_thread_takes_nobody_with_it() -> None:
+    model = FakeModel(gated=True, lives=2)
+
+    async def test(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed(["1"]))
+        await model.wait_until_busy()
+        asked = [asyncio.create_task(batcher.embed([text([number])])) for number in (2, KILLER, 3)]
+        await asyncio.sleep(0.05)
+        model.gate.release(1_000_000)
+        assert (await first).vectors.tolist() == [expected([1])]
+        for number, task in zip((2, KILLER, 3), asked, strict=True):
+            if number == KILLER:
+                with pytest.raises(NotReadyError, match="ended twice"):
+                    await task
+            else:
+                assert (await task).vectors.tolist() == [expected([number])]
+        assert sorted(model.batches[1]) == sorted([[2], [KILLER], [3]]), "they went together at first"
+
+    run(test, model)
+
+
 def test_a_thread_that_hangs_is_replaced_and_its_late_answer_is_not_heard() -> None:
     model, notes = FakeModel(lives=1), Notes()
 
@@ -419,6 +590,27 @@ def test_a_thread_that_hangs_is_replaced_and_its_late_answer_is_not_heard() -> N
     run(test, model, notes, stall_s=0.2)
     assert notes.heard.count(("restart", "interactive")) == 1
     assert model.texts == [[HANGER], [HANGER], [5]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("number", "how"), [(KILLER, "is dead"), (HANGER, "hangs")])
+@pytest.mark.parametrize(("lane", "others"), [("interactive", []), ("bulk", [[1], [2], [3], [4]])])
+def test_until_it_is_replaced_a_thread_that_died_or_hangs_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, number: int, how: str, lane: LaneName, others: list[list[int]]
+) -> None:
+    monkeypatch.setattr("bentos.batcher.SUPERVISE_EVERY_S", 3600)
+
+    async def test(batcher: Batcher) -> None:
+        assert batcher.find_problem() is None
+        asked = embed(batcher, [number], *others)
+        while (problem := batcher.find_problem()) is None:
+            await asyncio.sleep(0.001)
+        assert problem == f"a thread of the lane {lane} {how}"
+        batcher._lanes[lane].supervise()
+        assert batcher.find_problem() is None
+        assert (await asked).vectors.tolist() == [expected(ids) for ids in ([number], *others)]
+
+    run(test, FakeModel(lives=1), stall_s=0.2)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -470,7 +662,7 @@ def test_stopping_finishes_the_batches_in_flight_and_refuses_the_rest() -> None:
     model = FakeModel(gated=True)
 
     async def main() -> None:
-        batcher = Batcher(model, Limits(threads=1, max_tokens=MAX_TOKENS))
+        batcher = Batcher(model, make_limits())
         with pytest.raises(NotReadyError):
             await batcher.embed(["1"])
         batcher.start()

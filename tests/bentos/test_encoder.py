@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,28 @@ def test_a_file_altered_while_serving_is_a_problem_but_no_reason_to_stop(box: Pa
         await asyncio.sleep(1.1 * CHECK_EVERY_S)
         assert "model.fp32.onnx" in (await encoder.find_problem() or "")
         await encoder.encode(EncodeRequest(texts=["bread"]))
+
+    run(box, test)
+
+
+def test_vectors_that_are_no_numbers_are_withheld_and_a_problem(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(encoder: Encoder) -> None:
+        run_session = encoder.box.engine._session.run
+
+        def spoil(outputs: list[str], feeds: dict[str, Any]) -> list[npt.NDArray[np.float32]]:
+            return [np.full_like(vectors, np.nan) for vectors in run_session(outputs, feeds)]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder.box.engine, "_session", SimpleNamespace(run=spoil))
+            await asyncio.sleep(1.1 * CHECK_EVERY_S)
+            assert "cannot be embedded: the model gave a vector that is not finite" in (
+                await encoder.find_problem() or ""
+            )
+            with pytest.raises(NotReadyError, match="not finite; the vector was withheld"):
+                await encoder.encode(EncodeRequest(texts=["bread"]))
+        await asyncio.sleep(1.1 * CHECK_EVERY_S)
+        assert await encoder.find_problem() is None
+        assert (await encoder.encode(EncodeRequest(texts=["bread"])))["usage"]["tokens"]
 
     run(box, test)
 

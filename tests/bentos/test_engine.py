@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,3 +134,16 @@ def test_groups_hold_every_row_once_and_keep_the_budget(lengths: list[int], batc
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or max(lengths[row] for row in group) * len(group) <= batch_tokens
+
+
+def test_a_precision_that_did_not_ship_is_refused_by_name(tiny_lunchbox_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(LunchboxError, match="'int4' is not in this lunchbox, which has fp32"):
+        Engine(tiny_lunchbox_path, manifest, precision="int4")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine can")
+def test_a_device_that_is_not_there_is_refused_with_the_cure(tiny_lunchbox_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(
+        LunchboxError, match="install onnxruntime-gpu in place of onnxruntime, or set EKIBEN_DEVICE=cpu"
+    ):
+        Engine(tiny_lunchbox_path, manifest, device="cuda")

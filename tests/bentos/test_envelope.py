@@ -32,7 +32,17 @@ async def refuse(_: Request) -> Response:
     raise NotReadyError("the canary died")
 
 
-ROUTES = [Route("/hello", greet), Route("/broken", break_down), Route("/refused", refuse)]
+async def overload(_: Request) -> Response:
+    """As BentoML answers what is raised in an api."""
+    return JSONResponse([{"error": "the queue is full"}], 429)
+
+
+ROUTES = [
+    Route("/overloaded", overload),
+    Route("/hello", greet),
+    Route("/broken", break_down),
+    Route("/refused", refuse),
+]
 APP = Starlette(routes=ROUTES, middleware=[Middleware(ServeErrors)])  # inside, as in BentoML's application
 
 
@@ -73,6 +83,12 @@ def test_an_error_of_ours_raised_by_any_route_is_shown() -> None:
         503,
         {"error": {"code": "not_ready", "message": "the canary died"}},
     )
+
+
+def test_an_error_that_bentoml_tells_in_its_own_way_is_told_in_ours() -> None:
+    response = ask("GET", "/overloaded")
+    assert response.json() == {"error": {"code": "overloaded", "message": "the queue is full"}}
+    assert response.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bentos.access import ApiKeys
 from bentos.encoder import Encoder
 from bentos.errors import NotReadyError, OverloadedError
 from bentos.http import Frontend
-from bentos.lunchbox import Lunchbox, open_lunchbox
+from bentos.lunchbox import Canary, Lunchbox, open_lunchbox
 from bentos.metrics import ServeMetrics
 from bentos.settings import ServeSettings
 
@@ -295,6 +296,41 @@ def test_without_a_model_the_doors_say_why(metrics: ServeMetrics) -> None:
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "model.onnx is missing"
     assert response.headers["x-ekiben-model"] == "unavailable"
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Ekiben-Timeout-Ms": "60000"}])
+def test_the_servers_time_limit_is_the_longest(box: Lunchbox, metrics: ServeMetrics, headers: dict[str, str]) -> None:
+    many = {"texts": [f"{number} hello" for number in range(256)]}
+    response = ask(box, metrics, "POST", "/encode", ServeSettings(timeout_s=1e-6), json=many, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lane_that_is_down_stops_its_own_requests_and_wrong_vectors_stop_all(
+    box: Lunchbox, metrics: ServeMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bentos.batcher.SUPERVISE_EVERY_S", 3600)
+    monkeypatch.setattr("bentos.encoder.CHECK_EVERY_S", -1)
+    infer = box.engine.infer
+
+    def die_in_bulk(*ids: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "ekiben-bulk":
+            raise SystemExit
+        return infer(*ids, **options)
+
+    async def use(client: httpx.AsyncClient, encoder: Encoder) -> None:
+        long = await client.post("/encode", json={"texts": ["a", "b"]}, headers={"X-Ekiben-Timeout-Ms": "200"})
+        assert long.status_code == 504
+        assert await encoder.find_problem() == "a thread of the lane bulk is dead"
+        assert (await client.post("/encode", json=HELLO)).status_code == 200
+        monkeypatch.setattr(box, "canary", Canary(box.canary.texts, -box.canary.vectors))
+        assert "canary vectors are wrong" in (await encoder.find_problem() or "")
+        refused = await client.post("/encode", json=HELLO)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert "canary vectors are wrong" in refused.json()["error"]["message"]
+
+    monkeypatch.setattr(box.engine, "infer", die_in_bulk)
+    serve(box, metrics, use, ServeSettings(threads=1, interactive_texts=1))
 
 
 def make_scope(path: str = "/encode") -> dict[str, Any]:

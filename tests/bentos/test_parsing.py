@@ -16,7 +16,7 @@ from bentos.parsing import parse_request
 from bentos.schemas import EncodeRequest, PredictRequest, RankRequest, SimilarityRequest
 from bentos.settings import ServeSettings
 
-SETTINGS = ServeSettings(max_texts=4, max_chars=10)
+SETTINGS = ServeSettings(max_texts=4, max_chars=10, max_prompt_chars=10)
 RANKING = {"query": "a", "documents": ["b"]}
 
 

@@ -108,3 +108,11 @@ def test_many_dropped_texts_do_not_hide_the_living_ones() -> None:
     for text in dead:
         queue.drop(text)
     assert queue.take() == alive
+
+
+def test_a_text_that_is_to_go_alone_has_no_mates() -> None:
+    queue: Queue[QueuedText] = Queue(batch_tokens=100, batch_texts=8)
+    texts = texts_of(3, 3, 3, 3)
+    texts[0].alone = texts[2].alone = True
+    queue.add(texts)
+    assert drain(queue) == [[texts[0]], [texts[1], texts[3]], [texts[2]]]

@@ -346,8 +346,10 @@ def test_bytes_that_are_not_http_do_not_harm(server: Server, client: httpx.Clien
 def test_unknown_urls_do_not_grow_the_metrics(client: httpx.Client) -> None:
     for number in range(20):
         client.get(f"/probe-{number}.php")
+        assert client.get(f"/v1/models/probe-{number}").status_code == 404
     metrics = client.get("/metrics").text
     assert 'endpoint="/unknown"' in metrics
+    assert 'endpoint="/v1/models/{name}"' in metrics
     assert "probe-" not in metrics
 
 
@@ -432,6 +434,8 @@ def test_a_tampered_model_file_turns_readyz_red(
                 late.get("/health"),
                 late.post("/encode", json={"texts": ["bread"]}),
                 late.post("/similarity", json={"a": ["bread"], "b": ["milk"]}),
+                late.post("/encode_batchable", json={"texts": ["bread"]}),
+                late.get("/v1/models"),
             ):
                 assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
                 assert "model.fp32.onnx" in response.json()["error"]["message"]

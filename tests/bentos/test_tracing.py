@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import logging
 import sys
@@ -9,13 +10,21 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.responses import PlainTextResponse
 
 from bentos import tracing
+from bentos.access import ApiKeys
+from bentos.encoder import Encoder
 from bentos.errors import SettingsError
+from bentos.http import Frontend
+from bentos.lunchbox import open_lunchbox
+from bentos.metrics import ServeMetrics
 from bentos.settings import ServeSettings
 from bentos.tracing import Tracing, check_tracing, open_tracing
 
@@ -125,6 +134,47 @@ def test_a_request_is_a_span_with_its_stages_below(collector: Collector) -> None
     tokenize = stages["tokenize"]
     assert (tokenize.end_time_unix_nano - tokenize.start_time_unix_nano) / 1e9 == pytest.approx(0.1)
     assert {"service.name": "ekiben", "service.version": "ekiben:3-0123abcd"}.items() <= collector.resource.items()
+
+
+def test_a_request_through_the_server_is_read_embedded_and_responded(
+    collector: Collector, tiny_lunchbox_path: Path
+) -> None:
+    tracing, metrics = opened(), ServeMetrics({"/encode"})
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("")(scope, receive, send)
+
+    async def main() -> None:
+        encoder = Encoder(open_lunchbox(tiny_lunchbox_path), ON, metrics)
+        await encoder.start()
+        app = Frontend(
+            inner,
+            known_paths={"/encode", "/livez"},
+            get_encoder=lambda: encoder,
+            settings=ON,
+            keys=ApiKeys(ON),
+            metrics=metrics,
+            tracing=tracing,
+        )
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            for texts in (["bread", "milk"], [""]):
+                await client.post("/encode", json={"texts": texts})
+            await client.get("/livez")
+        await encoder.stop()
+
+    asyncio.run(main())
+    tracing.close()
+    requests = {
+        (s.name, attributes(s)["http.response.status_code"]): s for s in collector.spans if not s.parent_span_id
+    }
+    assert set(requests) == {("POST /encode", 200), ("POST /encode", 422), ("GET /livez", 200)}
+    answered = requests["POST /encode", 200]
+    assert (attributes(answered)["ekiben.texts"], attributes(answered)["ekiben.tokens"]) == (2, 6)
+    stages = [span for span in collector.spans if span.parent_span_id]
+    assert [span.name for span in stages] == ["read", "embed", "respond"]
+    assert {span.parent_span_id for span in stages} == {answered.span_id}, "what was refused has none"
+    times = [moment for span in stages for moment in (span.start_time_unix_nano, span.end_time_unix_nano)]
+    assert times == sorted(times)
 
 
 def test_it_goes_on_where_the_caller_left_off(collector: Collector) -> None:

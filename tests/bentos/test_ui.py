@@ -18,6 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect
 
+from bentos.doors import DOORS
 from bentos.manifest import Calibration, Manifest, read_manifest, write_manifest
 from bentos.playground import FOLDER, HEADERS
 from tests.bentos.conftest import ROOT
@@ -205,6 +206,31 @@ def test_the_page_opens_without_a_key_and_talks_to_its_own_server_only(
     assert len(page.input_value("#texts-a").splitlines()) >= 4, "one click must show something"
     assert page.context.cookies() == []
     assert seen.problems == []
+
+
+def test_the_page_of_the_api_shows_every_operation_and_reaches_nobody_else(
+    browser: Browser, served: Server, seen: Seen
+) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.on("request", lambda request: seen.requests.append(request))
+    page.on("pageerror", lambda error: seen.problems.append(str(error)))
+    answer = page.goto(f"{served.url}/")
+    assert answer is not None
+    assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+    operations = page.locator(".opblock-summary-path")
+    expect(operations.first).to_be_visible(timeout=15_000)
+    document = httpx.get(f"{served.url}/docs.json").json()
+    shown = {name.replace("\u200b", "").strip() for name in operations.all_text_contents()}
+    assert shown == set(document["paths"])
+    assert {door.path for door in DOORS} <= shown
+    page.locator(".opblock-summary-path", has_text=re.compile("^.?/.?encode$")).click()
+    expect(page.locator(".opblock.is-open")).to_contain_text("texts")
+    page.wait_for_load_state("networkidle")
+    assert seen.problems == []
+    elsewhere = [request for request in seen.requests if not request.url.startswith((f"{served.url}/", "data:"))]
+    assert {request.failure for request in elsewhere} <= {"csp"}, "what BentoML's page asks of others must be stopped"
+    context.close()
 
 
 # --- what is shown is what the API answers
