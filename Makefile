@@ -18,7 +18,7 @@ CUDA := $(foreach p,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft c
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx,nvidia-$p) cuda-bindings cuda-pathfinder cuda-toolkit triton
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup test test-slow browser bench check format docs sample lock clean
+.PHONY: help up setup test test-slow browser bench soak check format docs sample lock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-slow: setup ## the tests that train and serve the real model
 
 bench: setup ## Ekiben and its peers side by side, about 25 minutes of a quiet machine -> docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks
+
+soak: setup ## ten minutes of all that clients and fate can do to a server, each answer checked
+	$(BIN)/python -m tests.soak --minutes 10
 
 browser: setup ## Chromium for the tests of the playground (Debian, Ubuntu), unless there is a browser
 	@$(BIN)/python -m tests.browser 2>/dev/null || { \

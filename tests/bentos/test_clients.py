@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from bentos.engine import Engine
 from bentos.manifest import Manifest
 from tests.bentos.conftest import ROOT
 from tests.serving import Server, serve
+from tests.soak.client import render_request
+from tests.soak.leg import SOURCE
+from tests.soak.spells import HANG_ONCE
 
 PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 KEY = "a-key-for-the-clients-0123"
@@ -34,9 +39,19 @@ SHELL = [code for _, language, code in BLOCKS if language == "sh" and "curl" in 
 
 @pytest.fixture(scope="module")
 def guarded(built_home: Path, manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same Bento with a key, and one request at a time."""
-    limits = {"EKIBEN_API_KEYS": KEY, "EKIBEN_MAX_REQUESTS": "1"}
-    with serve(manifest.tag, built_home, tmp_path_factory.mktemp("guarded"), limits) as server:
+    """The same model with a key, one request at a time, and a word that hangs the thread that computes it."""
+    folder = tmp_path_factory.mktemp("guarded")
+    settings = {
+        "EKIBEN_API_KEYS": KEY,
+        "EKIBEN_MAX_REQUESTS": "1",
+        "EKIBEN_MODEL_TAG": f"{manifest.name}-model:{manifest.bento_version}",
+        "EKIBEN_THREADS": "8",  # each hold hangs one
+        "EKIBEN_STALL_S": "8",
+        "PYTHONPATH": str(ROOT),
+        "SOAK_EVENTS": str(folder / "events.jsonl"),
+        "SOAK_HANG_S": "8",
+    }
+    with serve(SOURCE, built_home, folder, settings) as server:
         yield server
 
 
@@ -58,14 +73,18 @@ def point(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @contextlib.contextmanager
 def kept_busy(server: Server) -> Iterator[None]:
-    """Hold the one request that the guarded server takes at a time: its body is never sent."""
+    """Hold the one request that the guarded server takes at a time, with a text that hangs."""
     host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST /encode HTTP/1.1\r\nHost: {host}\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
-        with httpx.Client(base_url=server.url, headers={"X-API-Key": KEY}) as client:
-            while client.post("/encode", json={"texts": ["bread"]}).status_code != 429:
-                pass
+    body = json.dumps({"texts": [f"{HANG_ONCE} {time.monotonic_ns()}"]}).encode()
+    headers = {"X-API-Key": KEY, "Content-Type": "application/json"}
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as connection,
+        httpx.Client(base_url=server.url, headers=headers) as client,
+    ):
+        connection.sendall(render_request("POST", "/encode", body, headers))
+        deadline = time.monotonic() + 10
+        while client.post("/encode", json={"texts": ["bread"]}).status_code != 429:
+            assert time.monotonic() < deadline, "the text does not hang"
         yield
 
 
@@ -108,8 +127,6 @@ def test_a_recipe_gives_the_vectors_of_the_model(
 def test_curl_gives_the_vectors_of_the_model(
     kind: str, server: Server, guarded: Server, engine: Engine, point: Any
 ) -> None:
-    import json
-
     point(*((server, None) if kind == "open" else (guarded, KEY)))
     (code,) = SHELL
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, timeout=60, check=True)
