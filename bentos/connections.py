@@ -57,7 +57,7 @@ class Guard:
         self.note_refused = note_refused
         self.max_connections = _allow_files(settings.max_connections + OWN_FILES) - OWN_FILES
         self.connections = 0
-        self.body_bytes = 0  # of bodies that are not complete
+        self.held_bytes = 0  # of bodies that are not complete
         self.unheard: Since = {}  # the headers of a request are not complete
         self.resting: Since = {}  # between two requests
         self.receiving: Since = {}  # a body is not complete
@@ -81,15 +81,20 @@ class Guard:
     def forget(self, connection: GuardedProtocol) -> None:
         """A connection has gone."""
         self.connections -= 1
-        self.body_bytes -= connection.body_bytes
+        self.release_body(connection)
         for since in (self.unheard, self.resting, self.receiving, self.sending, self.lingering):
             since.pop(connection, None)
 
     def admit_body(self, bytes_more: int) -> None:
         """Count a piece of a body; when too much is held for bodies that do not end, the oldest of them goes."""
-        self.body_bytes += bytes_more
-        if self.body_bytes > MAX_BODIES * self.settings.max_body_bytes:
+        self.held_bytes += bytes_more
+        if self.held_bytes > MAX_BODIES * self.settings.max_body_bytes:
             self._cut_off_oldest(self.receiving)
+
+    def release_body(self, connection: GuardedProtocol) -> None:
+        """What was held of a body is held no more."""
+        self.held_bytes -= connection.held_bytes
+        connection.held_bytes = 0
 
     def _make_room(self) -> bool:
         """Cut off one that has been waited for the longest; those that wait for us stay."""
@@ -101,8 +106,7 @@ class Guard:
         if connection is None:
             return False
         del since[connection]
-        self.body_bytes -= connection.body_bytes
-        connection.body_bytes = 0
+        self.release_body(connection)
         self.note_refused("evicted")
         connection.transport.abort()
         return True
@@ -161,6 +165,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._framing = 0  # bytes of the message so far that are no body, but for those of its first piece
         self.body_bytes = 0  # of a body that is not complete
+        self.held_bytes = 0  # of them, while the request is not answered: the rest is read and dropped
         self._piece = 0  # bytes of the latest piece of anything
         self._unsent = 0  # bytes of an answer, when the client was last looked at
 
@@ -222,20 +227,23 @@ class GuardedProtocol(HttpToolsProtocol):
         """A piece of the body has come."""
         self._framing -= len(body)
         self.body_bytes += len(body)
-        self.guard.admit_body(len(body))
+        if not self.cycle.response_complete:
+            self.held_bytes += len(body)
+            self.guard.admit_body(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is complete."""
         self._in_body = False
-        self.guard.body_bytes -= self.body_bytes
         self.body_bytes = 0
+        self.guard.release_body(self)
         self.guard.receiving.pop(self, None)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """The answer is written."""
         super().on_response_complete()
+        self.guard.release_body(self)
         if self.transport.is_closing():
             self._watch_sending()
         elif not self._in_body and not self._in_headers:

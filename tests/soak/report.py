@@ -28,7 +28,7 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(f"  faults: {spells}; {leg['blackouts']} times all threads hung")
         if memory["judged"]:
             lines.append(
-                f"  memory of all processes, files not counted: {memory['first_mb']} MiB, "
+                f"  memory without files: {memory['first_mb']} MiB, "
                 f"at the end {memory['last_mb']} MiB (peak {memory['peak_mb']})"
             )
     lines += ["", "problems:" if report["problems"] else "no wrong vector, no lost or doubled answer, no other problem"]
