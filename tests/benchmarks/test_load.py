@@ -87,7 +87,7 @@ def test_a_closed_loop_sends_every_text_once_and_keeps_the_answers_asked_for(ser
     assert load.bodies == {0: b"text 0", 1: b"text 1", 2: b"text 2"}
     assert any(body.startswith(b"warm") for body in server.bodies)
     assert edges == ["edge", "edge"]
-    assert load.generator_cpu_s < load.seconds
+    assert load.generator_cpu_s > 0  # of the whole process: here the little server is in it, too
     assert all(shot.done >= shot.due for shot in load.shots)
 
 
