@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import orjson
@@ -39,6 +39,11 @@ from bentos.tracing import Tracing
 
 MODEL_HEADER, SPACE_HEADER, EXPECT_SPACE_HEADER = "X-Ekiben-Model", "X-Ekiben-Space", "X-Ekiben-Expect-Space"
 TIMEOUT_HEADER = "X-Ekiben-Timeout-Ms"
+# As ASGI has them: every answer carries the first three.
+MODEL_NAME, SPACE_NAME, ID_NAME, EXPECT_SPACE_NAME, TIMEOUT_NAME = (
+    name.lower().encode()
+    for name in (MODEL_HEADER, SPACE_HEADER, REQUEST_ID_HEADER, EXPECT_SPACE_HEADER, TIMEOUT_HEADER)
+)
 UNAVAILABLE = "unavailable"  # value of both headers while no model is loaded
 CLIENT_GONE = 499  # in metrics and logs only: there is nobody to answer
 API_PAGE = "/"
@@ -49,10 +54,10 @@ logger = logging.getLogger("bentos")
 GetEncoder = Callable[[], Encoder]  # raises NotReadyError while no model is loaded
 
 
-def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: Any, status: int = 200) -> Response:
     """Write `content` as JSON; NumPy arrays are written as lists, with the digits that float32 needs and no more."""
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, headers, media_type="application/json")
+    return Response(body, status, media_type=JSON)
 
 
 def render_error(error: ServeError, path: str) -> Rendered:
@@ -217,7 +222,7 @@ class Frontend:
         return await read_body(headers, receive, self._settings.max_body_bytes)
 
     def _check_space(self, headers: Headers) -> None:
-        expected = headers.get(EXPECT_SPACE_HEADER.lower().encode())
+        expected = headers.get(EXPECT_SPACE_NAME)
         if expected is None:
             return
         manifest = self._get_encoder().manifest
@@ -232,7 +237,7 @@ class Frontend:
 
     def _find_time_limit(self, headers: Headers) -> float:
         """Seconds that the request may take: what the caller allows, but not more than the server."""
-        asked = headers.get(TIMEOUT_HEADER.lower().encode())
+        asked = headers.get(TIMEOUT_NAME)
         if asked is None:
             return self._settings.timeout_s
         if not asked.isdigit() or len(asked) > 9 or int(asked) == 0:
@@ -251,9 +256,9 @@ class Frontend:
         except ServeError:
             model = space = UNAVAILABLE
         return [
-            (MODEL_HEADER.lower().encode(), model.encode("latin-1")),
-            (SPACE_HEADER.lower().encode(), space.encode("latin-1")),
-            (REQUEST_ID_HEADER.lower().encode(), call.request_id.encode("latin-1")),
+            (MODEL_NAME, model.encode("latin-1")),
+            (SPACE_NAME, space.encode("latin-1")),
+            (ID_NAME, call.request_id.encode("latin-1")),
         ]
 
     async def _send(self, send: Send, call: Call, rendered: Rendered) -> None:

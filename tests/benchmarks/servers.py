@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 
+from flows.core.serving import stop
 from flows.core.watchdog import OWNER, end_children_with_this_process
 from tests.benchmarks.connection import HOST
 from tests.benchmarks.peers import Peer
 
 logger = logging.getLogger(__name__)
-START_TIMEOUT_S, STOP_TIMEOUT_S, ANSWER_TIMEOUT_S = 180.0, 15.0, 60.0
+START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180.0, 60.0
 POLL_S = 0.02
 # What the environment of whoever starts the benchmark must not decide.
 NOT_INHERITED = ("EKIBEN_", "BENTOML_", "INFINITY_", "OMP_", "MKL_", "TOKENIZERS_PARALLELISM", "PYTHONPATH")
@@ -117,7 +118,7 @@ def running(peer: Peer, log: Path) -> Iterator[RunningServer]:
         ready_s = time.perf_counter() - started
         yield RunningServer(peer, port, psutil.Process(process.pid), started, ready_s)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def _make_environment(own: Mapping[str, str]) -> dict[str, str]:
@@ -153,20 +154,3 @@ def _find_free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server politely, then not, and with it the workers that it leaves behind."""
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for left in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
-    psutil.wait_procs(family, timeout=5)
