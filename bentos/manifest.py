@@ -30,7 +30,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CERTIFICATE_FILE = "certificate.json"
 CANARY_FILE = "canary.json"
 MODEL_CARD_FILE = "MODEL_CARD.md"
-SUPPORTED_LAYOUT: Literal[1] = 1
+LAYOUT: Literal[2] = 2
+SUPPORTED_LAYOUTS = (1, 2)
 
 
 class Calibration(BaseModel):
@@ -57,12 +58,28 @@ class DataVersion(BaseModel):
     revision: str | None = Field(None, description="Git revision of the DVC repository, when one was asked for.")
 
 
+CompatClass = Literal["identical", "compatible", "adapter", "breaking"]
+
+
+class Compat(BaseModel):
+    """How the space of a model relates to that of the champion before it, by figures on texts that fitted nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: CompatClass
+    version: str = Field(description="Registry version of that champion.")
+    tag: str = Field(description="Its tag, e.g. `ekiben:2-9c1d3b5f`.")
+    space_id: str = Field(description="Its space.")
+    adapter: str | None = Field(None, description="File with the map into its space, when the map passed its gate.")
+    figures: dict[str, float] = Field(default_factory=dict, description="What was measured; names in the model card.")
+
+
 class Manifest(BaseModel):
     """What is in the box, where it comes from, and how to check it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layout: Literal[1] = SUPPORTED_LAYOUT
+    layout: Literal[1, 2] = LAYOUT
     name: str = Field(description="Registered model name, `ekiben`.")
     version: str = Field(description="Version in the model registry, `1`, `2`, ...")
     run_id: str = Field(description="MLflow run that trained it.")
@@ -79,7 +96,14 @@ class Manifest(BaseModel):
     precisions: dict[str, str] = Field(description="Precision -> file name, e.g. `fp32: model.fp32.onnx`.")
     default_precision: str = "fp32"
     space_id: str = Field(description="Two vectors may be compared only when it is equal.")
-    compat: str | None = Field(None, description="Relation to the previous champion's space.")
+    nested_dims: list[int] = Field(
+        default_factory=list,
+        description="Smaller numbers of dimensions that the model was trained for (Matryoshka): requests may ask for "
+        "them.",
+    )
+    compat: Compat | None = Field(
+        None, description="Relation to the space of the champion at its release; None for the first."
+    )
     calibration: Calibration | None = None
     decision_threshold: float | None = Field(None, description="Cosine at or above which two texts count as similar.")
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -142,8 +166,11 @@ def read_manifest(box: Path) -> Manifest:
     except ValueError as error:
         raise LunchboxError(f"{path} is not JSON: {error}") from None
     layout = raw.get("layout") if isinstance(raw, dict) else None
-    if layout != SUPPORTED_LAYOUT:
-        raise LunchboxError(f"{path} has layout {layout!r}; this server reads layout {SUPPORTED_LAYOUT}: update it")
+    if layout not in SUPPORTED_LAYOUTS:
+        known = " and ".join(map(str, SUPPORTED_LAYOUTS))
+        raise LunchboxError(
+            f"{path} has layout {layout!r}; this server reads {known}: update the server, or release the model again"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:

@@ -148,7 +148,47 @@ class ServeSettings(BaseSettings):
         "it (matryoshka): the first dimensions of others mean little by themselves.",
     )
 
+    # --- which versions: shelf.py, follow.py
+    follow: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        description="Alias to follow, such as `champion`: when it comes to name another version, the server fetches, "
+        "checks and warms it, and serves it without a restart. Empty: the version of the Bento, always.",
+    )
+    follow_every_s: float = Field(default=5.0, gt=0, le=86_400, description="Seconds between two looks at the alias.")
+    registry_uri: str = Field(
+        default="",
+        validation_alias="MLFLOW_TRACKING_URI",
+        description="MLflow server (`http://...`) that holds aliases and models; anything else means the local store, "
+        "to which releases on this machine write.",
+    )
+    model_name: str = Field(
+        default="ekiben", pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name in the model registry."
+    )
+    shelf_mb: int = Field(
+        default=2048,
+        ge=0,
+        le=1_000_000,
+        description="MiB that versions beside the live one may take together; the least recently used leave first.",
+    )
+    shelf_folder: Path | None = Field(
+        default=None, description="Where fetched models are kept. Default: `ekiben` in BentoML's home."
+    )
+    shadow: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        description="Alias or version, such as `challenger`, that a share of the texts is also given to, to see how "
+        "its vectors differ; nobody waits for it. Empty: none.",
+    )
+    shadow_share: float = Field(default=0.05, ge=0, le=1, description="Share of the requests that are shadowed.")
+
     # --- who may ask: access.py
+    admin_keys: SecretStr | None = Field(
+        default=None,
+        description="Keys for POST /models/load, like EKIBEN_API_KEYS. Without this and EKIBEN_ADMIN_KEYS_FILE nobody "
+        "may.",
+    )
+    admin_keys_file: Path | None = Field(default=None, description="File with such keys, like EKIBEN_API_KEYS_FILE.")
     api_keys: SecretStr | None = Field(
         default=None,
         description="Keys that callers must show, separated by commas or line ends, each of 16 or more characters. "

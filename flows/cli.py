@@ -6,24 +6,32 @@ last line is one JSON object. Exit codes: 0 done, 1 failed, 2 bad input, 3 the r
 
 from __future__ import annotations
 
-import inspect
 import json
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer.exceptions import TyperException
 
 from flows import screens
+from flows.command import (
+    SAMPLE,
+    Options,
+    RunOptions,
+    app,
+    command,
+    output,
+    print_json,
+    starting_prefect,
+    terminal,
+    where,
+)
 from flows.core.dataset import read_data
 from flows.core.lineage import Lineage, trace_all, trace_champion, trace_version
 from flows.core.packing import bento_exists
@@ -31,99 +39,13 @@ from flows.core.serving import check_port, local_url, passing_signals, served_be
 from flows.core.tracking import open_tracker
 from flows.core.watchdog import end_children_with_this_process
 from flows.errors import EkibenError, InputError, NothingReleasedError, ParamsError
-from flows.options import has_data, load_params
-from flows.params import DATA_ADDRESSES, Params
-from flows.settings import PROJECT_ROOT, FlowSettings, export_environment, load_settings
+from flows.options import has_data
+from flows.params import DATA_ADDRESSES
+from flows.settings import PROJECT_ROOT, FlowSettings, load_settings
 
-SAMPLE = {
-    "profiles": PROJECT_ROOT / "data" / "sample" / "profiles.csv",
-    "judgements": PROJECT_ROOT / "data" / "sample" / "judgements.csv",
-}
 QUICK_PARAMS = PROJECT_ROOT / "deployments" / "params" / "quick.yaml"
 CRASH_LOG = "crash.log"
 INTERRUPTED = 130
-
-app = typer.Typer(
-    name="ekiben",
-    help="From labelled text pairs to a fast, versioned embedding API.",
-    add_completion=False,
-    rich_markup_mode=None,
-)
-terminal = Console(stderr=True)
-output = Console()
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options that every command takes."""
-
-    home: Annotated[Path | None, typer.Option(help="Folder of all local state; default .ekiben, or EKIBEN_HOME.")] = (
-        None
-    )
-    json: Annotated[bool, typer.Option("--json", help="The last line on standard output is one JSON object.")] = False
-
-    def settings(self) -> FlowSettings:
-        """Read the settings and tell the other tools about them; call it before a flow is imported."""
-        settings = load_settings(self.home)
-        export_environment(settings, terminal=True)
-        return settings
-
-
-@dataclass(frozen=True)
-class RunOptions(Options):
-    """The options of the commands that train: which data, which parameters."""
-
-    pairs: Annotated[str | None, typer.Option(help="Scored pairs: text_a, text_b, score (CSV, Parquet, JSONL).")] = None
-    dev: Annotated[str | None, typer.Option(help="Pairs for model choice; default: split off.")] = None
-    test: Annotated[str | None, typer.Option(help="Held-out pairs; default: split off.")] = None
-    retrieval: Annotated[str | None, typer.Option(help="Folder in BEIR layout.")] = None
-    profiles: Annotated[str | None, typer.Option(help="Table of profiles: id and text columns.")] = None
-    judgements: Annotated[str | None, typer.Option(help="Table: query, profile_id, relevance.")] = None
-    data_rev: Annotated[str | None, typer.Option(help="Git revision to read DVC data at.")] = None
-    params: Annotated[Path | None, typer.Option(help="YAML file, see deployments/params/.")] = None
-    set: Annotated[list[str] | None, typer.Option(help="section.key=value, e.g. train.steps=120; repeatable.")] = None
-
-    def load(self) -> Params:
-        """Merge file, assignments and data options."""
-        data = {name: getattr(self, name) for name in DATA_ADDRESSES}
-        return load_params(self.params, self.set or [], data)
-
-    def load_with_data(self) -> Params:
-        """Like `load`, but some data must have been named."""
-        params = self.load()
-        if not has_data(params.data):
-            raise ParamsError(
-                "no data given: use --pairs FILE, --retrieval FOLDER, or --profiles FILE --judgements FILE; "
-                "for the sample: " + " ".join(f"--{name} {screens.short_path(path)}" for name, path in SAMPLE.items())
-            )
-        return params
-
-
-def command(options_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that takes the fields of `options_class` as options, gathered into its argument `options`."""
-    hints = get_type_hints(options_class, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(options_class)
-    ]
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(function, eval_str=True)
-        parameters = [p for name, p in signature.parameters.items() if name != "options"] + shared
-
-        def run(**given: Any) -> None:
-            options = options_class(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-            function(options=options, **given)
-
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return app.command()(run)
-
-    return decorate
-
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
@@ -152,7 +74,7 @@ def up(
     else:
         terminal.print(f"{released.bento_tag} is already released; --fresh starts over", highlight=False)
         terminal.print(screens.released(released, settings), soft_wrap=True)
-    _print_json(options, released.as_json())
+    print_json(options, released.as_json())
     if serve:
         _serve(released, host, port, settings)
 
@@ -162,11 +84,11 @@ def train(options: RunOptions) -> None:
     """Fine-tune one candidate, score it, register it."""
     settings = options.settings()
     params = options.load_with_data()
-    with _starting_prefect():
+    with starting_prefect():
         from flows.train import train as train_flow
     result = train_flow(data=params.data, train=params.train, evaluate=params.evaluate)
     terminal.print(screens.trained(result, settings), soft_wrap=True)
-    _print_json(options, result.model_dump() | _where(settings))
+    print_json(options, result.model_dump() | where(settings))
 
 
 @command(RunOptions)
@@ -174,11 +96,11 @@ def tune(options: RunOptions) -> None:
     """Search for the best parameters, register the winner, print them."""
     settings = options.settings()
     params = options.load_with_data()
-    with _starting_prefect():
+    with starting_prefect():
         from flows.tune import tune as tune_flow
     result = tune_flow(data=params.data, train=params.train, evaluate=params.evaluate, tune=params.tune)
     terminal.print(screens.tuned(result, settings), soft_wrap=True)
-    _print_json(options, result.model_dump() | _where(settings))
+    print_json(options, result.model_dump() | where(settings))
 
 
 @command(RunOptions)
@@ -191,12 +113,12 @@ def release(
     """Put a trained model through the gates and into a Bento, and make it the champion."""
     settings = options.settings()
     params = options.load()
-    with _starting_prefect():
+    with starting_prefect():
         from flows.release import release as release_flow
     result = release_flow(run=run, release=params.release)
     released = trace_version(open_tracker(settings), result.version)
     terminal.print(screens.released(released, settings), soft_wrap=True)
-    _print_json(options, result.model_dump() | released.as_json())
+    print_json(options, result.model_dump() | released.as_json())
 
 
 @command(RunOptions)
@@ -204,14 +126,14 @@ def pipeline(options: RunOptions) -> None:
     """Tune, then release the winner."""
     settings = options.settings()
     params = options.load_with_data()
-    with _starting_prefect():
+    with starting_prefect():
         from flows.pipeline import pipeline as pipeline_flow
     result = pipeline_flow(
         data=params.data, train=params.train, evaluate=params.evaluate, tune=params.tune, release=params.release
     )
     released = trace_version(open_tracker(settings), result.release.version)
     terminal.print(screens.released(released, settings), soft_wrap=True)
-    _print_json(options, result.tune.model_dump() | result.release.model_dump() | released.as_json())
+    print_json(options, result.tune.model_dump() | result.release.model_dump() | released.as_json())
 
 
 @command(Options)
@@ -228,11 +150,11 @@ def status(
     if version is not None:
         found = trace_version(tracker, version)
         output.print(screens.lineage(found, settings), soft_wrap=True)
-        _print_json(options, found.as_json())
+        print_json(options, found.as_json())
         return
     versions = trace_all(tracker)
     output.print(screens.versions(versions, settings), soft_wrap=True)
-    _print_json(options, {"versions": [found.as_json() for found in versions]} | _where(settings))
+    print_json(options, {"versions": [found.as_json() for found in versions]} | where(settings))
 
 
 @command(Options)
@@ -250,7 +172,7 @@ def serve(
         raise NothingReleasedError(
             f"version {released.version} was not released yet; `ekiben release --run {released.version}` does it"
         )
-    _print_json(options, released.as_json())
+    print_json(options, released.as_json())
     _serve(released, host, port, settings)
 
 
@@ -349,26 +271,3 @@ def _move_aside(settings: FlowSettings) -> None:
     home.rename(aside)
     home.mkdir()
     terminal.print(f"the old state is now in {aside}", highlight=False)
-
-
-@contextmanager
-def _starting_prefect() -> Iterator[None]:
-    """Import Prefect behind a sign of life, and let its flows speak to this terminal."""
-    with terminal.status("starting Prefect"):
-        from flows.prefect_server import open_server
-        from flows.progress import use_terminal
-
-        end_children_with_this_process()
-        open_server()
-        yield
-    use_terminal(terminal)
-
-
-def _print_json(options: Options, values: dict[str, Any]) -> None:
-    if options.json:
-        sys.stdout.write(json.dumps(values, default=str) + "\n")
-        sys.stdout.flush()
-
-
-def _where(settings: FlowSettings) -> dict[str, str]:
-    return {"mlflow_uri": settings.mlflow_uri, "home": str(settings.home_path)}

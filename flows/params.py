@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PAIR_COLUMNS = ("text_a", "text_b", "score")
 DATA_ADDRESSES = ("pairs", "dev", "test", "retrieval", "profiles", "judgements", "data_rev")
+CostName = Literal["p95_ms", "bytes_per_vector", "memory_mb"]
 LossName = Literal["auto", "cosine_similarity", "cosent", "angle", "multiple_negatives_ranking"]
 DEFAULT_BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -73,6 +74,10 @@ class DataParams(Section):
         description="With `leaks: drop`: refuse all the same when more than this share of a held-out file's pairs "
         "stands in the training file too.",
     )
+    slice_columns: list[str] = Field(
+        default_factory=list,
+        description="Further columns of the pairs, such as `language`: a release looks at each of their values apart.",
+    )
     min_train_rows: int = Field(32, ge=1, description="Fewer training rows than this are refused.")
     min_eval_rows: int = Field(16, ge=2, description="Fewer dev or test rows than this are refused.")
 
@@ -105,6 +110,30 @@ class TrainParams(Section):
     freeze_embeddings: bool = Field(True, description="Keep the word embeddings as they are: cheaper, as good.")
     layers: int | None = Field(
         None, ge=1, description="Keep this many transformer layers, evenly spread; default: all."
+    )
+    distill_steps: int = Field(
+        100,
+        ge=0,
+        le=100_000,
+        description="With `layers`: optimizer steps in which the smaller model learns the vectors of the whole one on "
+        "the training texts, before it sees a label.",
+    )
+    dimensions: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="Vectors of so many dimensions: the model learns by the Matryoshka loss to put what matters into "
+        "the first ones, and the rest is cut off. Default: as many as the base model has.",
+    )
+    precision: Literal["auto", "fp32", "int8"] = Field(
+        "auto", description="What a release makes of it, unless `release.precision` says otherwise."
+    )
+    anchor_weight: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Stay near the champion's space: weight of a term that pulls every training text to the vector "
+        "that the champion gives it. 0: free; 1: as strong as the labels. Without a champion it does nothing.",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, dropout and new weights.")
     max_minutes: float = Field(
@@ -161,6 +190,11 @@ class SearchSpace(Section):
     batch_size: list[int] = Field(default_factory=lambda: [16, 32, 64], min_length=1, description="Pairs a step.")
     loss: list[LossName] = Field(default=["auto"], min_length=1, description="Losses.")
     max_tokens: list[int] = Field(default_factory=lambda: [64, 128], min_length=1, description="Tokens a text.")
+    layers: list[int | None] = Field(default=[None], min_length=1, description="Transformer layers kept; null: all.")
+    dimensions: list[int | None] = Field(default=[None], min_length=1, description="Dimensions of a vector; null: all.")
+    precision: list[Literal["auto", "fp32", "int8"]] = Field(
+        default=["auto"], min_length=1, description="Precisions; `auto` costs what int8 costs."
+    )
 
     @model_validator(mode="after")
     def _within_bounds(self) -> SearchSpace:
@@ -190,6 +224,28 @@ class TuneParams(Section):
         description="A candidate replaces the first one (the `train` parameters as given) only when its dev metric is "
         "higher by at least this much: smaller differences are noise.",
     )
+    costs: list[CostName] = Field(
+        default=["p95_ms", "bytes_per_vector"],
+        description="Costs that are minimised beside the dev metric, measured on the exported model on this machine: "
+        "`p95_ms` of one short text alone, `bytes_per_vector` (float32), `memory_mb` of model and runtime.",
+    )
+    max_p95_ms: float | None = Field(None, gt=0, description="Budget: a slower model is infeasible.")
+    max_bytes_per_vector: int | None = Field(None, gt=0, description="Budget: a larger vector is infeasible.")
+    max_memory_mb: float | None = Field(None, gt=0, description="Budget: a larger model is infeasible.")
+    policy: str = Field(
+        "best-quality",
+        pattern=r"^(best-quality|knee|cheapest-within \d+(\.\d+)?|trial \d+)$",
+        description="Which point of the front becomes the candidate: `best-quality`; `cheapest-within PCT`, the "
+        "cheapest whose dev metric is at most PCT percent below the best; `knee`, where more quality begins to cost "
+        "much; `trial N`.",
+    )
+    pruning_checks: int = Field(
+        2,
+        ge=0,
+        le=20,
+        description="How many times a trial is scored on dev before its end; one that is clearly behind all that are "
+        "as cheap ends there. 0: none.",
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampler.")
     space: SearchSpace = Field(default_factory=SearchSpace, description="What may be chosen.")
 
@@ -200,15 +256,70 @@ class ReleaseParams(Section):
     min_cosine: float = Field(
         0.9999, gt=0, le=1, description="Parity with sentence-transformers and of a batch with its singles, at least."
     )
+    alias: Literal["champion", "challenger"] = Field(
+        "champion", description="What it becomes: the champion, or the challenger that servers may shadow first."
+    )
     min_gain: float = Field(
         0.0,
         allow_inf_nan=False,
-        description="The test metric must exceed the base model's by at least this much (negative: may fall below).",
+        description="Test metric minus the base model's: the low end of the paired bootstrap's interval, at least.",
+    )
+    champion_margin: float = Field(
+        -0.01,
+        allow_inf_nan=False,
+        description="Test metric minus the champion's, on the same rows: the low end of the interval, at least. "
+        "Negative: may be that much worse; 0 or more: must be better.",
+    )
+    slices: list[str] = Field(
+        default_factory=lambda: ["length"],
+        description="Parts of the test rows that are looked at apart: `length` (short, medium, long), `language` "
+        "(found by the text), or columns kept by `data.slice_columns`.",
+    )
+    slice_min_rows: int = Field(30, ge=2, description="Smaller slices are shown, not judged.")
+    slice_max_drop: float = Field(
+        0.02, ge=0, le=2, description="A slice may lose this much of the champion's metric, or of the base model's."
+    )
+    slice_floors: dict[str, float] = Field(
+        default_factory=dict, description="Floors of the metric by slice, e.g. `{language=de: 0.7}`."
+    )
+    max_calibration_error: float = Field(
+        0.1, gt=0, le=1, description="Mean distance of calibrated scores from labels, over bins of the test rows."
+    )
+    max_leaked_share: float = Field(
+        0.01, ge=0, le=1, description="Share of test texts that stand in train too, but for case and punctuation."
+    )
+    max_data_age_days: float | None = Field(None, gt=0, description="Older training data are refused.")
+    licences: list[str] = Field(
+        default_factory=list,
+        description="Licences that a base model may have, e.g. `[apache-2.0, mit]`; empty: any, also an unknown one.",
+    )
+    max_p95_ms: float | None = Field(None, gt=0, description="p95 of one short text, asked of the built Bento.")
+    min_texts_per_s: float | None = Field(None, gt=0, description="Texts a second of the built Bento.")
+    max_start_s: float | None = Field(None, gt=0, description="Seconds from the start of the Bento to readiness.")
+    max_memory_mb: float | None = Field(None, gt=0, description="Memory of the serving worker in MiB.")
+    max_slowdown: float = Field(
+        2.0,
+        gt=0,
+        description="p95, time a text, start and memory may be this many times the champion's, measured beside it.",
+    )
+    compat: Literal["any", "adapter", "compatible", "identical"] = Field(
+        "any", description="Worst relation to the champion's space that is let pass."
+    )
+    compat_min_recall: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Recall@10 of new queries on old vectors, as a share of what the old model's own queries find, at "
+        "least: as they are for `compatible`, mapped for `adapter`.",
+    )
+    compat_min_cosine: float = Field(
+        0.9, gt=0, le=1, description="Mean cosine of the old and the new vector of the same text, at least."
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "auto",
-        description="What the server computes in. `auto`: int8 when it is certified, else fp32; `fp32`: no int8 is "
-        "made; `int8`: no release without it. fp32 is always in the box as well.",
+        description="What the server computes in. `auto`: what the run's `train.precision` says, and when that is "
+        "`auto` too, int8 when it is certified, else fp32; `fp32`: no int8 is made; `int8`: no release without it. "
+        "fp32 is always in the box as well.",
     )
     int8_max_loss: float = Field(
         0.005,

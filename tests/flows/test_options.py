@@ -63,7 +63,6 @@ def test_nothing_unsets_an_optional_text(tmp_path: Path) -> None:
     ("assignments", "said"),
     [
         (["train.learningrate=1"], "did you mean train.learning_rate?"),
-        (["training.steps=1"], "training is not a parameter; the sections are data, train"),
         (["nonsense.value=1"], "the sections are data, train, evaluate, tune, release"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1 (found 0)"),
         (["train.steps=many"], "found 'many'"),
