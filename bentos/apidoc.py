@@ -6,19 +6,30 @@ and, once one is loaded, the prompts, names and dimensions of the model. So it c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from bentos.access import INFO_PATH
+from bentos.answers import HealthResponse, LoadResponse, ModelsInfoResponse
 from bentos.doors import DOORS, Door
-from bentos.errors import ServeError
+from bentos.errors import (
+    BusyError,
+    DeadlineExceededError,
+    IncompleteLoadError,
+    RefusedVersionError,
+    ServeError,
+    SpaceMismatchError,
+    TextTooLongError,
+)
+from bentos.loads import LOAD_ROUTE, MAX_NAME_CHARS, LoadRequest
 from bentos.manifest import Manifest
 from bentos.openai import PREFIX, ModelCard, ModelList
 from bentos.render import DTYPE_HEADER, JSON, NPY, SHAPE_HEADER, TOTAL_TOKENS_HEADER, TRUNCATED_HEADER
 from bentos.rules import list_names
-from bentos.schemas import DoorRequest, HealthResponse
+from bentos.schemas import DoorRequest
 from bentos.settings import ServeSettings
 
 Schema = dict[str, Any]
@@ -32,18 +43,24 @@ Texts in, vectors out, and the way back to the model, the data and the code that
 
 - Every answer names the model in `X-Ekiben-Model` and the space of its vectors in `X-Ekiben-Space`. Vectors of two
   spaces must not be compared: send `X-Ekiben-Expect-Space`, and the server answers 409 instead of mixing them.
+- Several versions may be loaded: `model` (`model_version`) chooses one, `space` asks for vectors of an older space.
 - A text longer than the model takes is cut, and the answer says which; `on_overflow: error` answers 422 instead.
 - Errors are `{"error": {"code", "message", "details"?}}`: the message says what was found, what is allowed, what to do.
 """
 TAGS = [
     {"name": "texts", "description": "Texts to vectors, similarities, rankings."},
     {"name": "openai", "description": "The same vectors in OpenAI's shape, for the clients that speak it."},
+    {"name": "models", "description": "Versions beside each other, and changes without a restart."},
     {"name": "server", "description": "What is served, and how it is."},
 ]
 HEADERS = {
-    "X-Ekiben-Model": "Tag of the model served, such as `ekiben:3-1f2e3d4c`; `unavailable` when none is.",
-    "X-Ekiben-Space": "Vectors may be compared only when it is equal; `unavailable` when no model is served.",
+    "X-Ekiben-Model": "Tag of the version that answered, such as `ekiben:3-1f2e3d4c`; that of the live one where none "
+    "was chosen, `unavailable` when there is none.",
+    "X-Ekiben-Space": "Vectors may be compared only when it is equal; `unavailable` when no version is live.",
     "X-Request-Id": "The request's own, or one made for it; it is in the log too.",
+}
+ADAPTED_HEADERS = {
+    "X-Ekiben-Adapted-From": "The model's own space, when `space` asked for vectors of an older one; else absent."
 }
 VECTOR_HEADERS = {
     SHAPE_HEADER: "Rows and columns, such as `64,384`.",
@@ -85,13 +102,31 @@ CONNECTION_ERRORS = {  # answered before the request reaches a route, so without
     503: "`overloaded`: Too many connections are open.",
 }
 DOOR_ERRORS = (400, 404, 406, 409, 413, 415, 422, 429, 503, 504)
+DOOR_KINDS = (DeadlineExceededError, SpaceMismatchError, TextTooLongError)  # which nobody gets who loads a version
+LOAD_KINDS = (BusyError, IncompleteLoadError, RefusedVersionError)  # which nobody else gets
+LOAD_ERRORS = (400, 403, 404, 409, 413, 415, 422, 503, 504)
 
 
-def build_document(settings: ServeSettings, manifest: Manifest | None = None) -> dict[str, Any]:
-    """Write the OpenAPI 3.1 document of a server with these settings, and of the model when one is loaded."""
+def build_document(
+    settings: ServeSettings,
+    manifest: Manifest | None = None,
+    *,
+    names: Collection[str] = (),
+    spaces: Collection[str] = (),
+) -> dict[str, Any]:
+    """Write the OpenAPI 3.1 document of a server.
+
+    Args:
+        settings: its limits, and whether it asks for keys.
+        manifest: of the live model, when one is loaded.
+        names: of all models loaded, the live one's included; none: those of the live one.
+        spaces: that they answer in; none: that of the live one.
+    """
     secured = settings.api_keys is not None or settings.api_keys_file is not None
     paths: dict[str, Any] = {door.path: {"post": _describe_door(door, secured)} for door in DOORS}
-    paths |= _describe_models(secured) | _describe_server(secured and settings.protect_metrics)
+    administered = settings.admin_keys is not None or settings.admin_keys_file is not None
+    paths |= _describe_models(secured) | _describe_loads(secured, administered)
+    paths |= _describe_server(secured and settings.protect_metrics)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Ekiben", "version": API_VERSION, "description": INTRO},
@@ -99,19 +134,19 @@ def build_document(settings: ServeSettings, manifest: Manifest | None = None) ->
         "tags": TAGS,
         "paths": paths,
         "components": {
-            "schemas": _collect_schemas(settings, manifest),
+            "schemas": _collect_schemas(settings, _find_limits(settings, manifest, names, spaces)),
             "parameters": {
                 name: {"name": name, "in": "header", "description": text, "schema": schema}
                 for name, (text, schema) in PARAMETERS.items()
             },
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}}
-                for name, text in (HEADERS | VECTOR_HEADERS).items()
+                for name, text in (HEADERS | ADAPTED_HEADERS | VECTOR_HEADERS).items()
             }
             | {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}},
         },
     }
-    if secured:
+    if secured or administered:
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -127,6 +162,7 @@ def _describe_door(door: Door, secured: bool) -> dict[str, Any]:
     answer |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in door.offered[1:]}
     body: dict[str, Any] = {"schema": {"$ref": f"{SCHEMAS}{door.request.__name__}"}, "example": door.example}
     headers = _refer(HEADERS, "headers") | (_refer(VECTOR_HEADERS, "headers") if NPY in door.offered else {})
+    headers |= _refer(ADAPTED_HEADERS, "headers") if "space" in door.request.model_fields else {}
     statuses = [status for status in DOOR_ERRORS if status != 404 or door.names_model]
     heard = set(PARAMETERS) - ({"X-Ekiben-Timeout-Ms"} if door.method is None else set())  # BentoML has its own limit
     return {
@@ -143,7 +179,7 @@ def _describe_door(door: Door, secured: bool) -> dict[str, Any]:
 
 
 def _describe_models(secured: bool) -> dict[str, Any]:
-    listed = _describe_get("list_models", "List the names of the model served", "openai", ModelList)
+    listed = _describe_get("list_models", "List the names of the models that are loaded", "openai", ModelList)
     found = _describe_get("find_model", "Look one name up", "openai", ModelCard)
     listed["responses"] |= _describe_errors([503], secured, openai=True)
     found["responses"] |= _describe_errors([404, 503], secured, openai=True)
@@ -152,6 +188,29 @@ def _describe_models(secured: bool) -> dict[str, Any]:
     return {
         f"{PREFIX}models": {"get": listed | _secure(secured)},
         f"{PREFIX}models/{{model}}": {"get": found | _secure(secured)},
+    }
+
+
+def _describe_loads(secured: bool, administered: bool) -> dict[str, Any]:
+    info = _describe_get("models_info", "Which versions are loaded, followed, refused", "models", ModelsInfoResponse)
+    info["responses"] |= _describe_errors([503], secured)
+    load = _describe_get("load_model", "Load a version in all workers", "models", LoadResponse)
+    load["description"] = (
+        "Fetched, checked and warmed beside the versions that are there; then it takes the place of the live one in "
+        "all workers at once, or stands beside it. Answers when every worker has it; else nothing has changed, and the "
+        "error says which has not, and why. Needs a key of EKIBEN_ADMIN_KEYS or EKIBEN_ADMIN_KEYS_FILE."
+    )
+    name = "An alias such as `champion`, a version, a tag or a run's id."
+    schema = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "pattern": "^[^/]+$"}
+    load["parameters"] += [
+        {"name": "version", "in": "path", "required": True, "description": name, "schema": schema},
+        {"$ref": "#/components/parameters/X-Ekiben-Timeout-Ms"},
+    ]
+    load["requestBody"] = {"required": False, "content": {JSON: {"schema": {"$ref": f"{SCHEMAS}LoadRequest"}}}}
+    load["responses"] |= _describe_errors(LOAD_ERRORS, administered, loads=True)
+    return {
+        INFO_PATH: {"get": info | _secure(secured)},
+        LOAD_ROUTE: {"post": load | _secure(administered)},
     }
 
 
@@ -183,7 +242,9 @@ def _describe_get(name: str, summary: str, tag: str, response: type | None) -> d
     }
 
 
-def _describe_errors(statuses: Iterable[int], secured: bool, *, openai: bool = False) -> dict[str, Any]:
+def _describe_errors(
+    statuses: Iterable[int], secured: bool, *, openai: bool = False, loads: bool = False
+) -> dict[str, Any]:
     """The answers to refused requests, as the errors themselves describe them, and to those that always may come."""
     content: Schema = {JSON: {"schema": {"$ref": f"{SCHEMAS}{'OpenAIError' if openai else 'Error'}"}}}
     described: dict[str, Any] = {
@@ -191,6 +252,7 @@ def _describe_errors(statuses: Iterable[int], secured: bool, *, openai: bool = F
     }
     for status in {*statuses, 500, *([401] if secured else [])}:
         kinds = [kind for kind in _list_kinds(ServeError) if kind.status == status]
+        kinds = [kind for kind in kinds if kind not in (DOOR_KINDS if loads else LOAD_KINDS)]
         texts = [f"`{kind.code}`: {_first_line(kind)}" for kind in kinds]
         texts += [CONNECTION_ERRORS[status]] if status in CONNECTION_ERRORS else []
         headers = _refer([*HEADERS, "Retry-After"] if status == 429 else HEADERS, "headers")
@@ -220,10 +282,11 @@ def _secure(secured: bool) -> dict[str, Any]:
 # --- schemas
 
 
-def _collect_schemas(settings: ServeSettings, manifest: Manifest | None) -> dict[str, Any]:
+def _collect_schemas(settings: ServeSettings, limits: dict[str, tuple[str, Schema]]) -> dict[str, Any]:
     """Every model with what settings and manifest say about its fields."""
     requests: list[type[DoorRequest]] = [door.request for door in DOORS]
     models: list[type[BaseModel]] = [*requests, *(door.response for door in DOORS), ModelList, HealthResponse]
+    models += [LoadRequest, LoadResponse, ModelsInfoResponse]
     _, made = models_json_schema([(model, "validation") for model in models], ref_template=SCHEMAS + "{model}")
     schemas: dict[str, Any] = made["$defs"]
     for request in requests:
@@ -231,7 +294,6 @@ def _collect_schemas(settings: ServeSettings, manifest: Manifest | None) -> dict
             schemas[request.__name__]["allOf"] = clashes
     schemas["Error"] = _describe_error(ERROR_FIELDS, ["code", "message"])
     schemas["OpenAIError"] = _describe_error(ERROR_FIELDS | OPENAI_FIELDS, ["code", "message"])
-    limits = _find_limits(settings, manifest)
     return {name: _finish(schema, limits) for name, schema in sorted(schemas.items())}
 
 
@@ -245,7 +307,9 @@ def _forbid_both(name: str, literal: str) -> Schema:
     return {"not": {"required": [name, literal], "properties": strings}}
 
 
-def _find_limits(settings: ServeSettings, manifest: Manifest | None) -> dict[str, tuple[str, Schema]]:
+def _find_limits(
+    settings: ServeSettings, manifest: Manifest | None, names: Collection[str], spaces: Collection[str]
+) -> dict[str, tuple[str, Schema]]:
     """What `x-limit` stands for: the type of the schemas meant, and what is known of them beyond it."""
     limits: dict[str, tuple[str, Schema]] = {
         "text": ("string", {"minLength": 1, "maxLength": settings.max_chars, "pattern": TEXT_PATTERN}),
@@ -253,9 +317,12 @@ def _find_limits(settings: ServeSettings, manifest: Manifest | None) -> dict[str
         "texts": ("array", {"maxItems": settings.max_texts}),
     }
     if manifest is not None:
-        smallest = 1 if settings.allow_truncated_dimensions else manifest.dim
-        limits["dimensions"] = ("integer", {"minimum": smallest, "maximum": manifest.dim})
-        limits["model"] = ("string", {"enum": list_names(manifest)})
+        sizes: Schema = {"enum": sorted({*manifest.nested_dims, manifest.dim})}
+        if settings.allow_truncated_dimensions:
+            sizes = {"minimum": 1, "maximum": manifest.dim}
+        limits["dimensions"] = ("integer", sizes)
+        limits["model"] = ("string", {"enum": list(names or list_names(manifest))})
+        limits["space"] = ("string", {"enum": list(spaces or [manifest.space_id])})
         limits["tokens"] = ("array", {"maxItems": manifest.max_tokens})
         # with no prompts there is no name that would pass
         limits["prompt"] = ("string", {"enum": list(manifest.prompts)} if manifest.prompts else {"not": {}})

@@ -119,6 +119,7 @@ class Batcher:
             self._finish(cast(Text, text), stopping)
         for request in untouched:
             request.fail(stopping)
+        self.forget()
         self._loop = None
 
     def find_problem(self) -> str | None:
@@ -127,6 +128,11 @@ class Batcher:
             return "the batcher is not running"
         checks = [self._tokenizer.find_problem, *(lane.find_problem for lane in self._lanes.values())]
         return next((problem for check in checks if (problem := check()) is not None), None)
+
+    @property
+    def waiting_texts(self) -> int:
+        """Texts that wait in both lanes."""
+        return sum(lane.texts for lane in self._lanes.values())
 
     def report_queues(self) -> None:
         """Tell the observer what waits now."""
@@ -140,6 +146,7 @@ class Batcher:
         deadline: float | None = None,
         inspect: Inspect | None = None,
         urgent: bool = False,
+        lane: LaneName | None = None,
     ) -> Embedded:
         """Wait for the vectors of one request. When the caller is cancelled, what nobody else wants is not computed.
 
@@ -149,6 +156,7 @@ class Batcher:
             inspect: looks at the lengths of all texts before anything is computed; what it raises fails this request.
                 Called in the tokenizing thread.
             urgent: go to the head of the queue, and in even when it is full: for the readiness check.
+            lane: by which to go; None: as the number of texts says.
 
         Raises:
             OverloadedError: when the queue is full; `retry_after_s` is the time it takes at the speed measured so far.
@@ -160,7 +168,8 @@ class Batcher:
             raise NotReadyError("the batcher is not running")
         if not inputs:
             raise ValueError("a request has at least one text")
-        lane: LaneName = "interactive" if urgent or len(inputs) <= self._limits.interactive_texts else "bulk"
+        if lane is None:
+            lane = "interactive" if urgent or len(inputs) <= self._limits.interactive_texts else "bulk"
         keys: list[Hashable] = [each if isinstance(each, str) else tuple(each) for each in inputs]
         if not urgent:
             self._admit(lane, keys, deadline)

@@ -8,22 +8,28 @@ from typing import Any
 
 from starlette.types import Scope
 
+from bentos.adapter import Adapter
 from bentos.doors import DOORS_BY_PATH, Door
+from bentos.encoder import Encoder
 from bentos.logs import choose_request_id, log_request
 from bentos.metrics import ServeMetrics
 from bentos.receiving import Headers
 from bentos.schemas import DoorRequest
 from bentos.tracing import Tracing
 
+UNAVAILABLE = "unavailable"  # in the place of model and space while no version is live
+
 
 class Call:
     """What is asked, by whom, and what becomes of it. Times are those of `time.monotonic()`."""
 
     __slots__ = (
+        "adapter",
         "answered",
         "client",
         "computed",
         "door",
+        "encoder",
         "headers",
         "key",
         "method",
@@ -48,8 +54,22 @@ class Call:
         self.client: str | None = scope["client"][0] if scope.get("client") else None
         self.request_id = choose_request_id(self.headers.get(b"x-request-id"))
         self.status = 500
+        self.encoder: Encoder | None = None  # the version that answers, once it is chosen
+        self.adapter: Adapter | None = None  # that its vectors go through
         self.key: str | None = None  # its fingerprint
         self.texts = self.tokens = 0
+
+    def names(self, live: Encoder | None = None) -> tuple[str, str, str | None]:
+        """Tag of the version, space of the vectors, and the space that they were mapped from, of this answer.
+
+        Args:
+            live: stands in while no version is chosen.
+        """
+        encoder = self.encoder or live
+        if encoder is None:
+            return UNAVAILABLE, UNAVAILABLE, None
+        tag, own = encoder.tag, encoder.manifest.space_id
+        return (tag, own, None) if self.adapter is None else (tag, self.adapter.space_id, own)
 
     def count(self, request: DoorRequest, content: Mapping[str, Any]) -> None:
         """Take note of how much was asked and answered."""

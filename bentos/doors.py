@@ -8,22 +8,24 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bentos.answers import (
+    EncodeResponse,
+    PredictResponse,
+    PredictSimilarityResponse,
+    RankResponse,
+    SimilarityResponse,
+    VectorList,
+)
 from bentos.openai import EmbeddingsRequest, EmbeddingsResponse
 from bentos.render import JSON, VECTOR_TYPES
 from bentos.schemas import (
     BatchableRequest,
     DoorRequest,
     EncodeRequest,
-    EncodeResponse,
     PredictRequest,
-    PredictResponse,
     PredictSimilarityRequest,
-    PredictSimilarityResponse,
     RankRequest,
-    RankResponse,
     SimilarityRequest,
-    SimilarityResponse,
-    VectorList,
 )
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from bentos.batcher import Batcher, Limits
+from bentos.adapter import Adapter
+from bentos.batcher import Batcher, Input, Limits
 from bentos.engine import TokenCount
 from bentos.errors import NotReadyError
 from bentos.lunchbox import Lunchbox
 from bentos.machine import count_cores
 from bentos.manifest import Manifest
 from bentos.observer import Observer
-from bentos.openai import EmbeddingsRequest, list_models, write_embeddings, write_model
+from bentos.openai import EmbeddingsRequest, write_embeddings
 from bentos.render import Base64Rows, convert_rows
 from bentos.rules import ModelRules
 from bentos.schemas import (
@@ -28,11 +29,14 @@ from bentos.schemas import (
     SimilarityRequest,
 )
 from bentos.settings import ServeSettings
+from bentos.spaces import choose_adapter, list_spaces
 from bentos.text import apply_prompt, clean_text
 from bentos.vectors import FloatArray, Vectors, cosine_matrix, cosine_pairs, truncate_dimensions
 
 CHECK_EVERY_S = 1.0  # readiness checks in between share one result
 CHECK_TIMEOUT_S = 20.0
+
+Watch = Callable[[DoorRequest, Vectors], None]  # shown the raw vectors of a request's texts; must neither fail nor wait
 
 
 class Encoder:
@@ -41,6 +45,7 @@ class Encoder:
     def __init__(self, box: Lunchbox, settings: ServeSettings, observer: Observer | None = None) -> None:
         self.box = box
         self.manifest: Manifest = box.manifest
+        self.tag = box.manifest.tag
         self._rules = ModelRules(box.manifest, box.engine, settings)
         self._observer = observer or Observer()
         self._batcher = Batcher(box.engine, _choose_limits(settings, box.manifest), self._observer)
@@ -55,29 +60,35 @@ class Encoder:
         self._batcher.start()
         await self.find_problem()
 
+    async def warm_up(self, rounds: int) -> None:
+        """Embed the canary texts so often: the first batches are slow, and the lanes learn their speed from them."""
+        for _ in range(rounds):
+            await self._ask_canary()
+
     async def stop(self) -> None:
         """Finish the batches in flight and end the threads."""
         await self._batcher.stop()
 
-    async def encode(self, request: EncodeRequest, deadline: float | None = None) -> dict[str, Any]:
+    async def encode(
+        self, request: EncodeRequest, deadline: float | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Answer /encode; `embeddings` is an array, or `Base64Rows`."""
-        self._rules.check_model("model", request.model)
-        dimensions = self._rules.check_dimensions(request.dimensions)
-        prompt = self._rules.choose_prompt(request.prompt, request.prompt_text)
-        vectors, tokens = await self._embed(request, [prompt], deadline)
-        unit = self.manifest.normalize if request.normalize is None else request.normalize
-        rows = convert_rows(_shape(vectors, dimensions, unit=unit), request.dtype)
+        adapter = self.find_adapter(request)
+        dimensions = self._rules.check_dimensions(request.dimensions, adapter)
+        unit = self._rules.check_normalize(request.normalize, adapter)
+        vectors, tokens = await self._embed(request, deadline, watch)
+        rows = convert_rows(_shape(vectors, dimensions, unit=unit, adapter=adapter), request.dtype)
         return {
             "embeddings": rows if request.encoding == "float" else Base64Rows(rows),
-            "model": self.manifest.tag,
+            "model": self.tag,
             "usage": describe_usage(tokens),
         }
 
-    async def similarity(self, request: SimilarityRequest, deadline: float | None = None) -> dict[str, Any]:
+    async def similarity(
+        self, request: SimilarityRequest, deadline: float | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Answer /similarity; `similarity` and `scores` are arrays."""
-        self._rules.check_model("model", request.model)
-        prompt = self._rules.choose_prompt(request.prompt, request.prompt_text)
-        vectors, tokens = await self._embed(request, [prompt, prompt], deadline)
+        vectors, tokens = await self._embed(request, deadline, watch)
         rows = len(request.a)
         compare = cosine_pairs if request.pairwise else cosine_matrix
         cosines = np.ascontiguousarray(compare(vectors[:rows], vectors[rows:]))
@@ -85,19 +96,15 @@ class Encoder:
             "similarity": cosines,
             "scores": self._score(cosines),
             "decision_threshold": self.manifest.decision_threshold,
-            "model": self.manifest.tag,
+            "model": self.tag,
             "usage": {"a": describe_usage(tokens[:rows]), "b": describe_usage(tokens[rows:])},
         }
 
-    async def rank(self, request: RankRequest, deadline: float | None = None) -> dict[str, Any]:
+    async def rank(
+        self, request: RankRequest, deadline: float | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Answer /rank: the documents most like the query first, equal ones in the order given."""
-        self._rules.check_model("model", request.model)
-        choose = self._rules.choose_prompt
-        prompts = [
-            choose(request.query_prompt, request.query_prompt_text, field="query_prompt", usual="query"),
-            choose(request.document_prompt, request.document_prompt_text, field="document_prompt", usual="document"),
-        ]
-        vectors, tokens = await self._embed(request, prompts, deadline)
+        vectors, tokens = await self._embed(request, deadline, watch)
         cosines = cosine_matrix(vectors[:1], vectors[1:])[0]
         scores = self._score(cosines)
         results = []
@@ -106,35 +113,39 @@ class Encoder:
             score = None if scores is None else scores[index]
             results.append({"index": index, **named, "similarity": cosines[index], "score": score})
         usage = {"query": describe_usage(tokens[:1]), "documents": describe_usage(tokens[1:])}
-        return {"results": results, "model": self.manifest.tag, "usage": usage}
+        return {"results": results, "model": self.tag, "usage": usage}
 
-    async def predict(self, request: PredictRequest, deadline: float | None = None) -> dict[str, Any]:
+    async def predict(
+        self, request: PredictRequest, deadline: float | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Answer /predict; `embedding` is an array."""
-        self._rules.check_model("model_version", request.model_version)
-        rows, tokens = await self._embed_plainly(request, deadline)
-        return {"embedding": rows[0], **self._name_version(), "usage": describe_usage(tokens)}
+        adapter = self.find_adapter(request)
+        vectors, tokens = await self._embed(request, deadline, watch)
+        (row,) = self._finish(vectors, adapter)
+        return {"embedding": row, **self._name_version(), "usage": describe_usage(tokens)}
 
     async def predict_similarity(
-        self, request: PredictSimilarityRequest, deadline: float | None = None
+        self, request: PredictSimilarityRequest, deadline: float | None = None, watch: Watch | None = None
     ) -> dict[str, Any]:
         """Answer /predict/similarity."""
-        self._rules.check_model("model_version", request.model_version)
-        rows, tokens = await self._embed_plainly(request, deadline)
+        vectors, tokens = await self._embed(request, deadline, watch)
+        rows = self._finish(vectors)
         cosines = cosine_pairs(rows[:1], rows[1:])
         scores = self._score(cosines)
         score = None if scores is None else scores[0]
         return {"similarity": cosines[0], "score": score, **self._name_version(), "usage": describe_usage(tokens)}
 
-    async def openai_embeddings(self, request: EmbeddingsRequest, deadline: float | None = None) -> dict[str, Any]:
+    async def openai_embeddings(
+        self, request: EmbeddingsRequest, deadline: float | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Answer /v1/embeddings."""
-        self._rules.check_model("model", request.model)
-        dimensions = self._rules.check_dimensions(request.dimensions)
+        adapter = self.find_adapter(request)
+        dimensions = self._rules.check_dimensions(request.dimensions, adapter)
         for field in request.text_fields():
             self._rules.check_ids(field)
-        prompt = self._rules.choose_prompt(request.prompt, request.prompt_text)
-        vectors, tokens = await self._embed(request, [prompt], deadline)
-        rows = convert_rows(_shape(vectors, dimensions, unit=self.manifest.normalize), "float32")
-        return write_embeddings(rows, tokens, self.manifest.tag, base64=request.encoding_format == "base64")
+        vectors, tokens = await self._embed(request, deadline, watch)
+        rows = convert_rows(_shape(vectors, dimensions, unit=self.manifest.normalize, adapter=adapter), "float32")
+        return write_embeddings(rows, tokens, self.tag, base64=request.encoding_format == "base64")
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """Embed texts of several callers, which were already checked: those that are too long are cut."""
@@ -143,30 +154,47 @@ class Encoder:
         embedded = await self._batcher.embed([apply_prompt(clean_text(text), prompt) for text in texts])
         self._check_trust()
         self._record(embedded.texts)
-        return convert_rows(_shape(embedded.vectors, self.manifest.dim, unit=self.manifest.normalize), "float32")
+        return self._finish(embedded.vectors)
 
-    def list_models(self) -> dict[str, Any]:
-        """Answer GET /v1/models."""
-        return list_models(self.manifest)
+    async def embed_aside(self, request: DoorRequest, rows: Sequence[int]) -> Vectors:
+        """Raw vectors of some texts of another model's request, by the bulk lane and uncounted; see shadow.py.
 
-    def find_model(self, name: str) -> dict[str, Any]:
-        """Answer GET /v1/models/{name}.
+        Args:
+            request: any door's; its texts get this model's prompts.
+            rows: positions among all of its texts, field after field.
 
         Raises:
-            UnknownModelError: when another model is asked for.
+            ServeError: when this model has no prompt that is asked for, or no room.
         """
-        self._rules.check_model("model", name)
-        return write_model(self.manifest, name)
+        self._check_trust()
+        inputs = self._prepare(request)
+        embedded = await self._batcher.embed([inputs[row] for row in rows], lane="bulk")
+        self._check_trust()
+        return embedded.vectors
+
+    def find_adapter(self, request: DoorRequest) -> Adapter | None:
+        """The map into the space that a request asks for; None when it is the model's own.
+
+        Raises:
+            SpaceMismatchError: when this model cannot answer in that space.
+        """
+        return None if request.asked_space is None else choose_adapter(self.box, request)
+
+    @property
+    def waiting_texts(self) -> int:
+        """Texts that wait to be computed."""
+        return self._batcher.waiting_texts
 
     def describe(self) -> dict[str, Any]:
         """Say what is served: where it comes from, and what a caller must know."""
         fields = {"version", "run_id", "space_id", "dim", "max_tokens", "normalize", "prompts", "default_prompt"}
-        fields |= {"decision_threshold", "created_at"}
+        fields |= {"decision_threshold", "created_at", "nested_dims"}
         own = {
             "precision": self.box.engine.precision,
             "allow_truncated_dimensions": self._rules.allows_truncated_dimensions,
+            "spaces": list_spaces(self.box),
         }
-        return {"model": self.manifest.tag, **self.manifest.model_dump(include=fields), **own}
+        return {"model": self.tag, **self.manifest.model_dump(include=fields), **own}
 
     def report_queues(self) -> None:
         """Tell the observer what waits now."""
@@ -194,23 +222,28 @@ class Encoder:
         return self._batcher.find_problem()
 
     async def _embed(
-        self, request: DoorRequest, prompts: Sequence[str | None], deadline: float | None
+        self, request: DoorRequest, deadline: float | None, watch: Watch | None
     ) -> tuple[Vectors, list[TokenCount]]:
         """Raw vectors of all texts of a request, field after field, each with its field's prompt before it."""
         self._check_trust()
-        fields = list(request.text_fields())
-        inputs = [
-            apply_prompt(clean_text(text), prompt) if isinstance(text, str) else text
-            for field, prompt in zip(fields, prompts, strict=True)
-            for text in field.texts
-        ]
-        inspect = self._rules.make_inspection(fields, refuse_overflow=request.refuses_overflow)
+        inputs = self._prepare(request)
+        inspect = self._rules.make_inspection(list(request.text_fields()), refuse_overflow=request.refuses_overflow)
         embedded = await self._batcher.embed(inputs, deadline=deadline, inspect=inspect)
         self._check_trust()
         if inspect is not None:
             inspect(embedded.texts)  # again, with those that were in the cache or under way
         self._record(embedded.texts)
+        if watch is not None:
+            watch(request, embedded.vectors)
         return embedded.vectors, embedded.texts
+
+    def _prepare(self, request: DoorRequest) -> list[Input]:
+        """Every text of a request as the model takes it, or its token ids."""
+        return [
+            apply_prompt(clean_text(text), prompt) if isinstance(text, str) else text
+            for field, prompt in zip(request.text_fields(), self._rules.choose_prompts(request), strict=True)
+            for text in field.texts
+        ]
 
     def _record(self, counts: Sequence[TokenCount]) -> None:
         tokens = sum(count.tokens_total for count in counts)
@@ -220,11 +253,11 @@ class Encoder:
         if self._deviation is not None:
             raise NotReadyError(self._deviation)
 
-    async def _embed_plainly(self, request: DoorRequest, deadline: float | None) -> tuple[Vectors, list[TokenCount]]:
-        """Finished vectors, with all that may be chosen left at its default."""
-        prompts = [self._rules.choose_prompt()] * len(list(request.text_fields()))
-        vectors, tokens = await self._embed(request, prompts, deadline)
-        return convert_rows(_shape(vectors, self.manifest.dim, unit=self.manifest.normalize), "float32"), tokens
+    def _finish(self, vectors: Vectors, adapter: Adapter | None = None) -> FloatArray:
+        """Vectors as they are given when nothing is asked of them but, perhaps, another space."""
+        shaped = _shape(vectors, self.manifest.dim, unit=self.manifest.normalize, adapter=adapter)
+        rows: FloatArray = convert_rows(shaped, "float32")
+        return rows
 
     def _score(self, cosines: FloatArray) -> FloatArray | None:
         """The cosines on the scale of the training labels, when the model was calibrated."""
@@ -232,11 +265,13 @@ class Encoder:
         return None if calibration is None else calibration.apply(cosines).astype(np.float32)
 
     def _name_version(self) -> dict[str, str]:
-        return {"model": self.manifest.tag, "model_version": self.manifest.version}
+        return {"model": self.tag, "model_version": self.manifest.version}
 
 
-def _shape(vectors: Vectors, dimensions: int, *, unit: bool) -> FloatArray:
-    """The first `dimensions` of raw vectors, at length 1 when `unit`."""
+def _shape(vectors: Vectors, dimensions: int, *, unit: bool, adapter: Adapter | None = None) -> FloatArray:
+    """The first `dimensions` of raw vectors, at length 1 when `unit`; or all of them, mapped, at length 1."""
+    if adapter is not None:
+        return adapter.apply(vectors)
     return truncate_dimensions(vectors, dimensions) if unit else vectors[:, :dimensions]
 
 

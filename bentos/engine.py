@@ -6,18 +6,18 @@ thread and infer in another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import onnxruntime as ort
-from tokenizers import Tokenizer
 
 from bentos.errors import LunchboxError, NotReadyError
 from bentos.manifest import TOKENIZER_FILE, Manifest
 from bentos.vectors import Vectors
+from bentos.vocabulary import TokenizerPair, read_tokenizer
 
 DEFAULT_BATCH_TOKENS = 256  # padded tokens a batch: larger ones gain nothing on CPU, and take more memory and time
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")  # as the common tokenizer families name it
@@ -25,6 +25,19 @@ PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")  # as the common tok
 # all texts a second with all-MiniLM-L6-v2 and ONNX Runtime 1.32.
 SLOW_OPTIMIZERS = ["SkipLayerNormFusion"]
 RAW_OUTPUT, UNIT_OUTPUT = "vectors", "unit_vectors"
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """Where work that takes long and leaves the interpreter lock alone is done; see loading.py."""
+
+    def __call__(self, work: Callable[[], T], /) -> T:
+        """Do the work, wait for it, and return or raise what it does."""
+
+
+def run_here(work: Callable[[], T]) -> T:
+    """Do the work in the calling thread."""
+    return work()
 
 
 class TokenCount(NamedTuple):
@@ -63,6 +76,7 @@ class Engine:
         threads: int = 0,
         precision: str | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
+        run_aside: Runner = run_here,
     ) -> None:
         """Load the tokenizer and one precision's model from the folder `box`.
 
@@ -72,6 +86,8 @@ class Engine:
             threads: threads inside one inference; 0 lets ONNX Runtime take one per physical core.
             precision: `fp32`, `int8`, ...; None takes the manifest's default.
             device: where to compute; `cuda` needs the package onnxruntime-gpu.
+            run_aside: where the model is loaded. The tokenizer holds the interpreter lock while it loads, so it does
+                that here: a thread that stands back must not keep all others from the lock.
 
         Raises:
             LunchboxError: when a file cannot be loaded, or the precision or the device is not there.
@@ -94,30 +110,31 @@ class Engine:
         options.enable_mem_pattern = False
         # tokenizers and onnxruntime raise bare Exceptions of their own
         try:
-            self._tokenizer = Tokenizer.from_file(str(box / TOKENIZER_FILE))
-            self._cutter = Tokenizer.from_file(str(box / TOKENIZER_FILE))
+            tokenizers = read_tokenizer(box / TOKENIZER_FILE, manifest.max_tokens)
         except Exception as error:
             raise LunchboxError(f"{TOKENIZER_FILE} cannot be loaded: {error}") from error
         try:
-            self._session = ort.InferenceSession(
-                box / file_name,
-                options,
-                providers=[provider],
-                disabled_optimizers=SLOW_OPTIMIZERS if device == "cpu" else [],
+            session = run_aside(
+                lambda: ort.InferenceSession(
+                    box / file_name,
+                    options,
+                    providers=[provider],
+                    disabled_optimizers=SLOW_OPTIMIZERS if device == "cpu" else [],
+                )
             )
         except Exception as error:
             raise LunchboxError(f"{file_name} cannot be loaded: {error}") from error
-        if provider not in self._session.get_providers():  # ONNX Runtime falls back to the CPU with a line in its log
+        if provider not in session.get_providers():  # ONNX Runtime falls back to the CPU with a line in its log
             raise LunchboxError(
                 f"the device {device!r} cannot be used: {provider} did not start (are the driver, CUDA and cuDNN that "
                 "onnxruntime-gpu asks for installed?); set EKIBEN_DEVICE=cpu to serve from the CPU"
             )
-        for tokenizer in (self._tokenizer, self._cutter):
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._cutter.enable_truncation(max_length=manifest.max_tokens)
-        pads = (self._tokenizer.token_to_id(name) for name in PAD_TOKENS)
-        self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # All of the memory; None once the engine is closed.
+        self._tokenizers: TokenizerPair | None = tokenizers
+        self._session: ort.InferenceSession | None = session
+        tokenizer = tokenizers.full
+        pads = (tokenizer.token_to_id(name) for name in PAD_TOKENS)
+        self.vocabulary_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self._pad_id: int = next((pad for pad in pads if pad is not None), 0)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
@@ -125,10 +142,15 @@ class Engine:
 
         Only texts that are too long are encoded a second time, by a tokenizer that truncates; the first encoding
         gives their full length.
+
+        Raises:
+            NotReadyError: when the engine was closed.
         """
-        full = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        if (tokenizers := self._tokenizers) is None:
+            raise self._closed()
+        full = [encoding.ids for encoding in tokenizers.full.encode_batch_fast(list(texts))]
         long = [row for row, ids in enumerate(full) if len(ids) > self.manifest.max_tokens]
-        cut = self._cutter.encode_batch_fast([texts[row] for row in long]) if long else []
+        cut = tokenizers.cutting.encode_batch_fast([texts[row] for row in long]) if long else []
         kept = dict(zip(long, (encoding.ids for encoding in cut), strict=True))
         return [TokenizedText(kept.get(row, ids), len(ids)) for row, ids in enumerate(full)]
 
@@ -143,7 +165,8 @@ class Engine:
             float32 (n, dim).
 
         Raises:
-            NotReadyError: when a vector is not finite; such a vector must never leave the server.
+            NotReadyError: when a vector is not finite (such a vector must never leave the server), or the engine was
+                closed.
         """
         if not token_ids:
             return np.empty((0, self.manifest.dim), dtype=np.float32)
@@ -153,13 +176,22 @@ class Engine:
             input_ids[row, : len(ids)] = ids
         attention_mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
         wants_unit = self.manifest.normalize if normalize is None else normalize
-        (vectors,) = self._session.run(
+        if (session := self._session) is None:
+            raise self._closed()
+        (vectors,) = session.run(
             [UNIT_OUTPUT if wants_unit else RAW_OUTPUT], {"input_ids": input_ids, "attention_mask": attention_mask}
         )
         if not np.isfinite(vectors).all():
             raise NotReadyError("the model gave a vector that is not finite; the vector was withheld")
         result: Vectors = np.asarray(vectors, dtype=np.float32)
         return result
+
+    def close(self) -> None:
+        """Give all memory back now, whoever still knows this engine; it computes nothing any more."""
+        self._tokenizers = self._session = None
+
+    def _closed(self) -> NotReadyError:
+        return NotReadyError(f"{self.manifest.tag} has left this server; send the request again")
 
     def embed(
         self, texts: Sequence[str], *, normalize: bool | None = None, batch_tokens: int = DEFAULT_BATCH_TOKENS

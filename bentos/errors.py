@@ -2,18 +2,24 @@
 
 ServeError
 ├── UnauthorizedError     401  no key, or one that is not known
+├── ForbiddenError        403  the key may not do this
 ├── InvalidRequestError   422  the body is JSON but not what the route takes
 ├── MalformedBodyError    400  the body is not JSON, or not UTF-8
 ├── UnsupportedMediaError 415  the body is declared as something else than JSON
+├── MethodNotAllowedError 405  the route takes another method
 ├── NotAcceptableError    406  the answer cannot be written in what `Accept` asks for
 ├── TooLargeError         413  more bytes, texts, characters or tokens than one request or text may have
 ├── TextTooLongError      422  a text is longer than the model takes, and `on_overflow` is `error`
 ├── UnknownModelError     404  the version that was asked for is not served here
 ├── SpaceMismatchError    409  the caller expects vectors of another space
+├── BusyError             409  another version is being loaded
+├── RefusedVersionError   422  a version failed its checks: it is not served
+├── IncompleteLoadError   504  not every worker has the version that was to be loaded
 ├── OverloadedError       429  the queue is full
 ├── DeadlineExceededError 504  the request took longer than it was given
 └── NotReadyError         503  the model did not load, or its vectors are wrong
 LunchboxError             a lunchbox that is incomplete, altered or of an unknown layout
+RegistryError             what holds aliases and versions cannot be reached, read, or does not have what is asked for
 SettingsError             the settings ask for something that cannot be had
 """
 
@@ -41,6 +47,13 @@ class UnauthorizedError(ServeError):
     status = 401
 
 
+class ForbiddenError(ServeError):
+    """The request may not do this with the key that it shows, or nobody may."""
+
+    code = "forbidden"
+    status = 403
+
+
 class InvalidRequestError(ServeError):
     """The body is JSON but not what the route takes."""
 
@@ -60,6 +73,13 @@ class UnsupportedMediaError(ServeError):
 
     code = "unsupported_media_type"
     status = 415
+
+
+class MethodNotAllowedError(ServeError):
+    """The route takes another method."""
+
+    code = "method_not_allowed"
+    status = 405
 
 
 class NotAcceptableError(ServeError):
@@ -97,6 +117,27 @@ class SpaceMismatchError(ServeError):
     status = 409
 
 
+class BusyError(ServeError):
+    """Another version is being loaded: one at a time."""
+
+    code = "busy"
+    status = 409
+
+
+class RefusedVersionError(ServeError):
+    """A version failed its checks in some worker, so that none serves it; the one before goes on."""
+
+    code = "version_refused"
+    status = 422
+
+
+class IncompleteLoadError(ServeError):
+    """Not every worker had the version in time; `details.workers` names those that have it, failed, or are missing."""
+
+    code = "load_incomplete"
+    status = 504
+
+
 class OverloadedError(ServeError):
     """The queue is full: try again after a moment."""
 
@@ -120,6 +161,10 @@ class NotReadyError(ServeError):
 
 class LunchboxError(Exception):
     """A lunchbox that is incomplete, altered or of an unknown layout."""
+
+
+class RegistryError(Exception):
+    """What holds aliases and versions cannot be reached or read, or does not have what is asked for."""
 
 
 class SettingsError(Exception):

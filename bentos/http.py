@@ -1,7 +1,10 @@
 """The way of a request through the server, as thin as it can be: every door is answered here, from bytes to bytes.
 
-key > space > media type > body > fields and limits > encoder > bytes > metrics. BentoML's application gets all other
-routes; of its middlewares, which cost more than the model on a short text, a door passes none.
+key > media type > body > fields and limits > which version > space > encoder > bytes > metrics. BentoML's application
+gets all other routes; of its middlewares, which cost more than the model on a short text, a door passes none.
+
+A request is given its version once, when it has been read; that version is held until the answer is there, and is the
+one that headers, body and metrics name, whichever is live by then.
 """
 
 from __future__ import annotations
@@ -21,37 +24,37 @@ from bentos.calls import Call
 from bentos.doors import Door
 from bentos.encoder import Encoder
 from bentos.envelope import UNKNOWN_PATH, HeaderList, run_enveloped
-from bentos.errors import (
-    InvalidRequestError,
-    OverloadedError,
-    ServeError,
-    SpaceMismatchError,
-    UnauthorizedError,
-)
+from bentos.errors import InvalidRequestError, OverloadedError, ServeError, UnauthorizedError
+from bentos.loads import LOAD_FOLDER, LOAD_ROUTE, LOAD_TIMEOUT_S, LoadDoor, LoadVersion, check_method
 from bentos.logs import REQUEST_ID, REQUEST_ID_HEADER
 from bentos.metrics import ServeMetrics
 from bentos.openai import PREFIX, describe_error
 from bentos.parsing import parse_request
+from bentos.pinning import pin
 from bentos.receiving import ClientGoneError, DisconnectWatch, Headers, check_media_type, read_body
 from bentos.render import JSON, Rendered, negotiate, render
+from bentos.schemas import DoorRequest
 from bentos.settings import ServeSettings
+from bentos.shadow import Shadow
+from bentos.shelf import Shelf
+from bentos.spaces import EXPECT_SPACE_HEADER, check_expected, choose_adapter
 from bentos.tracing import Tracing
 
-MODEL_HEADER, SPACE_HEADER, EXPECT_SPACE_HEADER = "X-Ekiben-Model", "X-Ekiben-Space", "X-Ekiben-Expect-Space"
+MODEL_HEADER, SPACE_HEADER, ADAPTED_HEADER = "X-Ekiben-Model", "X-Ekiben-Space", "X-Ekiben-Adapted-From"
 TIMEOUT_HEADER = "X-Ekiben-Timeout-Ms"
 # As ASGI has them: every answer carries the first three.
-MODEL_NAME, SPACE_NAME, ID_NAME, EXPECT_SPACE_NAME, TIMEOUT_NAME = (
+MODEL_NAME, SPACE_NAME, ID_NAME, ADAPTED_NAME, EXPECT_SPACE_NAME, TIMEOUT_NAME = (
     name.lower().encode()
-    for name in (MODEL_HEADER, SPACE_HEADER, REQUEST_ID_HEADER, EXPECT_SPACE_HEADER, TIMEOUT_HEADER)
+    for name in (MODEL_HEADER, SPACE_HEADER, REQUEST_ID_HEADER, ADAPTED_HEADER, EXPECT_SPACE_HEADER, TIMEOUT_HEADER)
 )
-UNAVAILABLE = "unavailable"  # value of both headers while no model is loaded
+SHOWN_ENCODER = "ekiben.encoder"  # in the scope: the version that the headers of this answer name
 CLIENT_GONE = 499  # in metrics and logs only: there is nobody to answer
 API_PAGE = "/"
 API_PAGE_POLICY = b"default-src 'self' 'unsafe-inline' data:"  # BentoML's page would load a tracker from elsewhere
 MODELS_FOLDER, MODEL_ROUTE = f"{PREFIX}models/", f"{PREFIX}models/{{name}}"
 logger = logging.getLogger("bentos")
 
-GetEncoder = Callable[[], Encoder]  # raises NotReadyError while no model is loaded
+GetShelf = Callable[[], Shelf]  # raises NotReadyError while the service is still starting
 
 
 def json_response(content: Any, status: int = 200) -> Response:
@@ -70,6 +73,8 @@ def render_error(error: ServeError, path: str) -> Rendered:
         headers["Retry-After"] = str(error.details["retry_after_s"])
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
+    if "allow" in error.details:
+        headers["Allow"] = error.details["allow"]
     return Rendered(orjson.dumps({"error": content}), JSON, headers)
 
 
@@ -81,10 +86,12 @@ class Frontend:
         app: ASGIApp,
         *,
         known_paths: Collection[str],
-        get_encoder: GetEncoder,
+        get_shelf: GetShelf,
         settings: ServeSettings,
         keys: ApiKeys,
         metrics: ServeMetrics,
+        load_version: LoadVersion | None = None,
+        shadow: Shadow | None = None,
         tracing: Tracing | None = None,
         before_metrics: Callable[[], None] = lambda: None,
     ) -> None:
@@ -93,19 +100,23 @@ class Frontend:
         Args:
             app: BentoML's application.
             known_paths: those that it answers; all others count as one.
-            get_encoder: the model that is served.
+            get_shelf: the versions that are loaded.
             settings: the limits.
             keys: who may ask.
             metrics: told of every request.
+            load_version: loads another version in all workers; None: none can be loaded.
+            shadow: shown a share of what is asked; None: nothing is.
             tracing: told as well, unless it is off.
             before_metrics: called before /metrics is answered, to bring the gauges up to date.
         """
         self._app = app
         self._known_paths = frozenset(known_paths)
-        self._get_encoder = get_encoder
+        self._get_shelf = get_shelf
         self._settings = settings
         self._keys = keys
         self._metrics = metrics
+        self._loads = None if load_version is None else LoadDoor(load_version, settings)
+        self._shadow = shadow
         self._tracing = tracing
         self._counts_texts = settings.access_log or tracing is not None
         self._before_metrics = before_metrics
@@ -127,17 +138,18 @@ class Frontend:
     async def _serve(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         headers, door = call.headers, call.door
         try:
-            if not self._keys.is_open(call.path):
-                call.key = self._keys.check(headers.get(b"authorization"), headers.get(b"x-api-key"))
-            if door is not None and door.method is not None:
-                rendered = await self._answer(door, call, receive)
-                call.status = 200
-            elif door is not None:
-                receive = await self._check_in(door, headers, receive)
-                with self._room():
-                    return await self._pass_on(call, scope, receive, send)
+            if call.route == LOAD_ROUTE and self._loads is not None:
+                rendered = await self._load(self._loads, call, receive)
             else:
-                return await self._pass_on(call, scope, receive, send)
+                if not self._keys.is_open(call.path):
+                    shown = headers.get(b"authorization"), headers.get(b"x-api-key")
+                    call.key = self._keys.check(*shown, path=call.path)
+                if door is None:
+                    return await self._pass_on(call, scope, receive, send)
+                if door.method is None:
+                    return await self._let_bentoml_answer(door, call, scope, receive, send)
+                rendered = await self._answer(door, call, receive)
+            call.status = 200
         except ServeError as error:
             call.status, rendered = error.status, render_error(error, call.path)
         except ClientGoneError:
@@ -152,6 +164,9 @@ class Frontend:
         """Let BentoML's application answer."""
         if call.path == METRICS_PATH:
             self._before_metrics()
+        with contextlib.suppress(ServeError):
+            call.encoder = call.encoder or self._get_shelf().live
+        scope = {**scope, SHOWN_ENCODER: call.encoder}
         own = self._own_headers(call)
         if call.path == API_PAGE:
             own.append((b"content-security-policy", API_PAGE_POLICY))
@@ -160,23 +175,27 @@ class Frontend:
     def _name_route(self, path: str) -> str:
         if path in self._known_paths:
             return path
-        return MODEL_ROUTE if path.startswith(MODELS_FOLDER) else UNKNOWN_PATH
+        if path.startswith(MODELS_FOLDER):
+            return MODEL_ROUTE
+        return LOAD_ROUTE if path.startswith(LOAD_FOLDER) else UNKNOWN_PATH
 
     async def _answer(self, door: Door, call: Call, receive: Receive) -> Rendered:
         """Answer a door's request, unless something is wrong with it."""
         headers = call.headers
         accept = headers.get(b"accept", b"").decode("latin-1")
         negotiate(accept, door.offered)
-        body = await self._check_body(headers, receive)
-        request = parse_request(door.request, body, self._settings)
-        deadline = call.started + self._find_time_limit(headers)
-        encoder = self._get_encoder()
+        request = await self._read(door, headers, receive)
+        deadline = call.started + self._find_time_limit(headers, self._settings.timeout_s)
+        shelf = self._get_shelf()
+        encoder = self._choose(shelf, call, request)
         call.parsed = time.monotonic()
-        with self._room(), DisconnectWatch(receive):
-            content = await getattr(encoder, str(door.method))(request, deadline)
+        watch = None if self._shadow is None else self._shadow.pick(encoder)
+        with shelf.holding(encoder), self._room(), DisconnectWatch(receive):
+            content = await getattr(encoder, str(door.method))(request, deadline, watch)
         call.computed = time.monotonic()
         rendered = render(content, accept or JSON)
         call.answered = time.monotonic()
+        self._metrics.record_answer(*call.names()[:2])
         if self._counts_texts:
             call.count(request, content)
         return rendered
@@ -203,63 +222,83 @@ class Frontend:
         finally:
             self._requests -= 1
 
-    async def _check_in(self, door: Door, headers: Headers, receive: Receive) -> Receive:
-        """Check the request of a door that BentoML answers; the body that was read is given to it again."""
-        negotiate(headers.get(b"accept", b"").decode("latin-1"), door.offered)
-        body = await self._check_body(headers, receive)
-        parse_request(door.request, body, self._settings)
-        self._get_encoder()  # or say why there is none
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    async def _let_bentoml_answer(self, door: Door, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the request of a door that BentoML answers, and give it the texts, pinned to the version chosen."""
+        negotiate(call.headers.get(b"accept", b"").decode("latin-1"), door.offered)
+        request = await self._read(door, call.headers, receive)
+        shelf = self._get_shelf()
+        encoder = self._choose(shelf, call, request)
+        (field,) = request.text_fields()
+        with shelf.holding(encoder), self._room(), pin([str(text) for text in field.texts], encoder) as texts:
+            body = orjson.dumps({field.name: texts})
+            unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
+            async def replay() -> Message:
+                return unread.pop() if unread else await receive()
 
-        return replay
+            length = b"%d" % len(body)
+            headers = [(name, length if name == b"content-length" else value) for name, value in scope["headers"]]
+            await self._pass_on(call, {**scope, "headers": headers}, replay, send)
+        if call.status == 200:
+            self._metrics.record_answer(*call.names()[:2])
 
-    async def _check_body(self, headers: Headers, receive: Receive) -> bytes:
-        self._check_space(headers)
+    async def _read(self, door: Door, headers: Headers, receive: Receive) -> DoorRequest:
         check_media_type(headers)
-        return await read_body(headers, receive, self._settings.max_body_bytes)
+        body = await read_body(headers, receive, self._settings.max_body_bytes)
+        return parse_request(door.request, body, self._settings)
 
-    def _check_space(self, headers: Headers) -> None:
-        expected = headers.get(EXPECT_SPACE_NAME)
-        if expected is None:
-            return
-        manifest = self._get_encoder().manifest
-        if expected.decode("latin-1") != manifest.space_id:
-            raise SpaceMismatchError(
-                f"{EXPECT_SPACE_HEADER} is {expected.decode('latin-1')!r}, but {manifest.tag} makes vectors of space "
-                f"{manifest.space_id!r}, which must not be compared with them. Embed your texts again, or ask the "
-                "server that made the old vectors",
-                expected=expected.decode("latin-1"),
-                found=manifest.space_id,
-            )
+    def _choose(self, shelf: Shelf, call: Call, request: DoorRequest) -> Encoder:
+        """Give the request its version, and the map that its vectors shall go through.
 
-    def _find_time_limit(self, headers: Headers) -> float:
-        """Seconds that the request may take: what the caller allows, but not more than the server."""
+        Raises:
+            UnknownModelError: when it names a version that is not loaded.
+            SpaceMismatchError: when the answer would not be in the space asked for, or in the one expected.
+        """
+        encoder = call.encoder = shelf.choose(*request.asked_model)
+        expected = call.headers.get(EXPECT_SPACE_NAME)
+        if expected is not None or request.asked_space is not None:
+            loaded = [other.box for other in shelf.encoders()]
+            call.adapter = choose_adapter(encoder.box, request, loaded)
+            if expected is not None:
+                check_expected(expected.decode("latin-1"), encoder.box, call.adapter, request, loaded)
+        return encoder
+
+    async def _load(self, loads: LoadDoor, call: Call, receive: Receive) -> Rendered:
+        """Load a version, when an admin asks for it."""
+        check_method(call.method)
+        call.key = self._keys.check_admin(call.headers.get(b"authorization"), call.headers.get(b"x-api-key"))
+        return await loads.answer(
+            call.path.removeprefix(LOAD_FOLDER),
+            call.headers,
+            receive,
+            time_limit_s=self._find_time_limit(call.headers, LOAD_TIMEOUT_S),
+            key=call.key,
+        )
+
+    def _find_time_limit(self, headers: Headers, longest_s: float) -> float:
+        """Seconds that the request may take: what the caller allows, but not more than `longest_s`."""
         asked = headers.get(TIMEOUT_NAME)
         if asked is None:
-            return self._settings.timeout_s
+            return longest_s
         if not asked.isdigit() or len(asked) > 9 or int(asked) == 0:
             raise InvalidRequestError(
                 f"{TIMEOUT_HEADER} is {asked[:30].decode('latin-1')!r}; it must be a whole number of milliseconds, "
                 "1 or more",
                 field=TIMEOUT_HEADER,
             )
-        return min(int(asked) / 1000, self._settings.timeout_s)
+        return min(int(asked) / 1000, longest_s)
 
     def _own_headers(self, call: Call) -> HeaderList:
-        """The headers that every answer carries."""
-        try:
-            manifest = self._get_encoder().manifest
-            model, space = manifest.tag, manifest.space_id
-        except ServeError:
-            model = space = UNAVAILABLE
-        return [
-            (MODEL_NAME, model.encode("latin-1")),
-            (SPACE_NAME, space.encode("latin-1")),
-            (ID_NAME, call.request_id.encode("latin-1")),
-        ]
+        """The headers that every answer carries: of the version that was chosen, else of the live one."""
+        live = None
+        if call.encoder is None:
+            with contextlib.suppress(ServeError):
+                live = self._get_shelf().live
+        model, space, own = call.names(live)
+        named = [(MODEL_NAME, model), (SPACE_NAME, space), (ID_NAME, call.request_id)]
+        if own is not None:
+            named.append((ADAPTED_NAME, own))
+        return [(name, value.encode("latin-1")) for name, value in named]
 
     async def _send(self, send: Send, call: Call, rendered: Rendered) -> None:
         out = [

@@ -6,22 +6,21 @@ hang are replaced, and what they were at is computed again, once.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bentos.errors import NotReadyError
+from bentos.machine import stand_back
 from bentos.observer import BatchRecord, Observer
 from bentos.scheduler import Queue, QueuedText
 from bentos.vectors import Vectors
 
 Infer = Callable[[list[Sequence[int]]], Vectors]  # token ids of n texts -> (n, dim)
 FIRST_TOKENS_PER_S = 2500.0  # assumed speed of a thread until its first batch is measured
+SPEED_SHARE = 0.05  # of the last batch in the speed
 MAX_ATTEMPTS = 2  # a text that was there when two threads ended is given up
 logger = logging.getLogger("bentos")
 
@@ -88,6 +87,7 @@ class Lane:
         self._stopping = False
         self._workers = [_Worker() for _ in range(threads)]
         self._thread_tokens_per_s = FIRST_TOKENS_PER_S
+        self._measured = 0  # batches
 
     def start(self) -> None:
         """Start the threads."""
@@ -105,6 +105,10 @@ class Lane:
         left: list[LaneText] = []
         while batch := self._queue.take():
             left += batch
+        try:
+            self.report()
+        except Exception:  # whoever looks on must not keep us from ending
+            logger.exception("nobody could be told that the lane %s is empty", self.name)
         return left
 
     def put(self, texts: Sequence[LaneText], *, urgent: bool = False) -> None:
@@ -138,7 +142,7 @@ class Lane:
         with self._changed:
             first = self._queue.first()
             oldest_s = 0.0 if first is None else max(0.0, time.monotonic() - first.since)
-            self._observer.set_queue(self.name, self._queue.texts, self._queue.tokens, oldest_s)
+            self._observer.set_queue(self.name, self._queue.texts, self._queue.tokens, oldest_s, owner=id(self))
 
     def supervise(self) -> None:
         """Replace threads that died or hang; their texts go to the head of the queue, or are given up."""
@@ -180,7 +184,7 @@ class Lane:
         return bool(worker.batch) and time.monotonic() - worker.started > self._stall_s
 
     def _run(self, worker: _Worker) -> None:
-        _stand_back(self._niceness)
+        stand_back(self._niceness)
         while True:
             with self._changed:
                 batch: list[LaneText] = []
@@ -212,15 +216,10 @@ class Lane:
         infer_s = time.monotonic() - taken
         lengths = [len(text.ids) for text in batch]
         tokens = sum(lengths)
-        self._thread_tokens_per_s += 0.05 * (tokens / max(infer_s, 1e-6) - self._thread_tokens_per_s)
+        self._measured += 1  # the mean of the first ones, then of the last ones: the guess is soon forgotten
+        share = max(SPEED_SHARE, 1 / (self._measured + 1))
+        self._thread_tokens_per_s += share * (tokens / max(infer_s, 1e-6) - self._thread_tokens_per_s)
         queue_s = [taken - text.since for text in batch]
         padded = len(batch) * max(lengths)
         self._observer.record_batch(BatchRecord(self.name, len(batch), tokens, padded, queue_s, infer_s))
         return list(vectors)
-
-
-def _stand_back(niceness: int) -> None:
-    """Let the calling thread stand back for the others; only Linux knows the niceness of a single thread."""
-    if niceness and sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

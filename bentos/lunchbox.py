@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bentos.engine import Engine
+from bentos.adapter import Adapter, read_adapters
+from bentos.engine import Engine, Runner, run_here
 from bentos.errors import LunchboxError
 from bentos.manifest import CANARY_FILE, MANIFEST_FILE, Manifest, read_manifest, sha256_file, verify_files
 from bentos.vectors import Vectors, cosine_pairs
@@ -34,6 +35,7 @@ class Lunchbox:
     engine: Engine
     canary: Canary
     stamps: dict[str, tuple[int, ...]]  # file name -> what its status was when it was last found good
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # id of an older space -> the map into it
 
     def find_alteration(self) -> str | None:
         """Say which file on disk is missing or differs from the manifest, or None.
@@ -70,7 +72,12 @@ class Lunchbox:
 
 
 def open_lunchbox(
-    path: Path, *, threads: int = 1, precision: str | None = None, device: Literal["cpu", "cuda"] = "cpu"
+    path: Path,
+    *,
+    threads: int = 1,
+    precision: str | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    run_aside: Runner = run_here,
 ) -> Lunchbox:
     """Verify every file of the lunchbox at `path` and load it; the arguments are those of `Engine`.
 
@@ -80,9 +87,10 @@ def open_lunchbox(
     manifest = read_manifest(path)
     # Before the hashes: a file that changes meanwhile is then looked at again. What is missing, `verify_files` names.
     stamps = {name: _stamp(path / name) for name in (MANIFEST_FILE, *manifest.files) if (path / name).is_file()}
-    verify_files(path, manifest)
-    engine = Engine(path, manifest, threads=threads, precision=precision, device=device)
-    return Lunchbox(path, manifest, engine, read_canary(path, manifest, engine.precision), stamps)
+    run_aside(lambda: verify_files(path, manifest))
+    adapters = read_adapters(path, manifest)
+    engine = Engine(path, manifest, threads=threads, precision=precision, device=device, run_aside=run_aside)
+    return Lunchbox(path, manifest, engine, read_canary(path, manifest, engine.precision), stamps, adapters)
 
 
 def read_canary(path: Path, manifest: Manifest, precision: str | None = None) -> Canary:

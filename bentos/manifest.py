@@ -8,6 +8,7 @@ model.int8.onnx    the same in int8: there when it was certified, and then the d
 certificate.json   what the export was compared with, and how close it came
 canary.json        `{"texts": [...], "vectors": [[...]], "other_precisions": {"fp32": [[...]]}}`: readiness embeds the
                    texts and compares; `vectors` are those of the default precision
+adapter.<id>.npy   the map into the older space <id> (bentos/adapter.py), where one proved itself
 MODEL_CARD.md      the same for people
 ```
 """
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from bentos.errors import LunchboxError
 
@@ -62,7 +63,11 @@ CompatClass = Literal["identical", "compatible", "adapter", "breaking"]
 
 
 class Compat(BaseModel):
-    """How the space of a model relates to that of the champion before it, by figures on texts that fitted nothing."""
+    """How the space of a model relates to that of a champion before it, by figures on texts that fitted nothing.
+
+    `identical`: the same vectors. `compatible`: an index of the old vectors may be asked with new ones as they are.
+    `adapter`: with new ones that went through the map. `breaking`: not at all, it must be built anew.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,8 +75,12 @@ class Compat(BaseModel):
     version: str = Field(description="Registry version of that champion.")
     tag: str = Field(description="Its tag, e.g. `ekiben:2-9c1d3b5f`.")
     space_id: str = Field(description="Its space.")
+    dim: int | None = Field(None, description="Dimensions of its space.")
     adapter: str | None = Field(None, description="File with the map into its space, when the map passed its gate.")
-    figures: dict[str, float] = Field(default_factory=dict, description="What was measured; names in the model card.")
+    figures: dict[str, float] = Field(
+        default_factory=dict, description="What was measured; `flows/core/compat.py` says what each name means."
+    )
+    reason: str = Field("", description="Why it is of this class and not of a better one, in a sentence.")
 
 
 class Manifest(BaseModel):
@@ -104,11 +113,22 @@ class Manifest(BaseModel):
     compat: Compat | None = Field(
         None, description="Relation to the space of the champion at its release; None for the first."
     )
+    earlier: list[Compat] = Field(
+        default_factory=list,
+        description="Relations to champions before that one, whose indexes may still be in use; measured, not derived.",
+    )
+    licence: str | None = Field(None, description="Licence of the base model, as its card declares it.")
+    params: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the training, flat.")
     calibration: Calibration | None = None
     decision_threshold: float | None = Field(None, description="Cosine at or above which two texts count as similar.")
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str = Field(description="ISO 8601, UTC.")
     files: dict[str, str] = Field(description="File name -> SHA-256 of every other file in the box.")
+
+    @property
+    def relations(self) -> list[Compat]:
+        """Everything that is known about older spaces, the newest first."""
+        return [*([self.compat] if self.compat else []), *self.earlier]
 
     @property
     def tag(self) -> str:
@@ -132,6 +152,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_bytes(content: bytes) -> str:
+    """SHA-256 of what a file will contain, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def compute_space_id(
     *, weights_sha256: str, tokenizer_sha256: str, pooling: str, normalize: bool, prompts: dict[str, str], dim: int
 ) -> str:
@@ -149,7 +174,12 @@ def compute_space_id(
 
 def write_manifest(box: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder `box`."""
-    (box / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (box / MANIFEST_FILE).write_bytes(dump_manifest(manifest))
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`."""
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
 def read_manifest(box: Path) -> Manifest:

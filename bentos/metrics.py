@@ -10,11 +10,9 @@ starts the new Bento to test it, would take the running server's metrics away. S
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -22,16 +20,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from bentos.envelope import UNKNOWN_PATH
-from bentos.manifest import Manifest
-from bentos.observer import BatchRecord, Observer
+from bentos.observer import BatchRecord, Observer, Version
 from bentos.settings import ServeSettings, use_prometheus_folder
+from bentos.siblings import open_server_folder, started
 
 LANES = ("interactive", "bulk")
+SWAP_RESULTS = ("done", "refused", "incomplete", "busy")
 STAGES = ("tokenize", "queue", "infer", "respond")
 REQUEST_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)  # seconds
 STAGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)  # seconds
 TEXTS_BUCKETS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 TOKENS_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # without padding
+COSINE_BUCKETS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1)
+OVERLAP_BUCKETS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 FOLDER_PREFIX = "ekiben-metrics-"
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -81,6 +82,9 @@ class ServeMetrics(Observer):
                 "request_seconds", "From the end of the headers to the end of the answer.", REQUEST_BUCKETS, "route"
             )
         )
+        self._answers = _Children(
+            count("answers", "Answers of the doors, by version and space of the vectors.", "model", "space")
+        )
         self._texts = count("texts", "Texts of the requests that were answered.")
         self._tokens = count("tokens", "Tokens of those texts, before any was cut.")
         self._truncated = count("truncated_texts", "Texts that were longer than the model takes, and were cut.")
@@ -106,6 +110,8 @@ class ServeMetrics(Observer):
             ),
             *lanes,
         )
+        self._queues: dict[str, dict[int, tuple[int, int, float]]] = {lane: {} for lane in LANES}
+        self._queues_lock = threading.Lock()
         self._stage_s = _Children(
             measure(
                 "stage_seconds", "Time spent: queue (longest wait in a batch), infer (a batch).", STAGE_BUCKETS, "stage"
@@ -121,10 +127,43 @@ class ServeMetrics(Observer):
             count("connections_refused", "Connections closed for what the client did, or did not do.", "reason")
         )
         self._connections = add_up("connections", "Connections that are open now.")
+        self._shadows = _Children(count("shadow_requests", "Requests that were shown to the shadow.", "outcome"))
+        self._shadow_cosine = _Children(
+            measure("shadow_cosine", "Of a text's vector and the shadow's, in one space.", COSINE_BUCKETS, "model")
+        )
+        self._shadow_overlap = _Children(
+            measure("shadow_overlap", "Share of a text's 10 nearest that both versions find.", OVERLAP_BUCKETS, "model")
+        )
         self._model = Gauge(
             "ekiben_model_info",
-            "1 for the model that is served.",
+            "1 for each version that is loaded, 0 for one that has left.",
             ["model", "version", "run_id", "space_id", "precision"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._live = add_up("model_live", "Workers in which this version is the live one.", "model")
+        self._versions: dict[str, Version] = {}
+        self._swaps = _Children(
+            count("swaps", "Versions that were to be brought to all workers.", "result"),
+            *((result,) for result in SWAP_RESULTS),
+        )
+        self._version_refused = Gauge(
+            "ekiben_version_refused",
+            "1 for each version that failed its checks and is not served for that, 0 once it is.",
+            ["model"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._refused_tags: set[str] = set()
+        self._follow_seen = Gauge(
+            "ekiben_follow_seen_timestamp_seconds",
+            "When the alias that is followed was last read, in seconds since 1970; 0 before, or when none is followed.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._follow_failures = Gauge(
+            "ekiben_follow_failures",
+            "How often in a row the alias that is followed could not be read, or its version not be brought.",
             registry=self.registry,
             multiprocess_mode="livemax",
         )
@@ -141,6 +180,20 @@ class ServeMetrics(Observer):
             route = UNKNOWN_PATH
         self._requests[route, str(code)].inc()
         self._request_s[(route,)].observe(seconds)
+
+    def record_answer(self, model: str, space: str) -> None:
+        """Take note of an answer: the tag of the version that gave it, and the space of its vectors."""
+        self._answers[model, space].inc()
+
+    def record_shadow(self, outcome: str) -> None:
+        """Take note of a request that was shown to the shadow: `compared`, `dropped` or `failed`."""
+        self._shadows[(outcome,)].inc()
+
+    def record_shadow_texts(self, model: str, cosines: Sequence[float], overlaps: Sequence[float]) -> None:
+        """Take note of how far a shadow's vectors are from the live version's; `model` is the shadow's tag."""
+        for values, metric in ((cosines, self._shadow_cosine), (overlaps, self._shadow_overlap)):
+            for value in values:
+                metric[(model,)].observe(value)
 
     def record_texts(self, texts: int, tokens: int, truncated: int) -> None:
         """Take note of what a request that was answered held."""
@@ -192,16 +245,46 @@ class ServeMetrics(Observer):
         """Take note of how many connections are open now."""
         self._connections.set(connections)
 
-    def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float) -> None:
-        """Take note of what waits now. Called from time to time, so that a queue that stands still is seen as well."""
-        self._queue_texts[(lane,)].set(texts)
-        self._queue_tokens[(lane,)].set(tokens)
-        self._queue_oldest[(lane,)].set(oldest_s)
+    def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float, owner: int = 0) -> None:
+        """Take note of what waits now in the lane of one version; what is shown is all versions together.
 
-    def set_model(self, manifest: Manifest, precision: str) -> None:
-        """Take note of the model that is served."""
-        labels = (manifest.tag, manifest.version, manifest.run_id, manifest.space_id, precision)
-        self._model.labels(*labels).set(1)
+        Called from time to time, so that a queue that stands still is seen as well.
+        """
+        with self._queues_lock:
+            queues = self._queues[lane]
+            queues[owner] = (texts, tokens, oldest_s)
+            if not texts:
+                del queues[owner]
+            self._queue_texts[(lane,)].set(sum(queue[0] for queue in queues.values()))
+            self._queue_tokens[(lane,)].set(sum(queue[1] for queue in queues.values()))
+            self._queue_oldest[(lane,)].set(max((queue[2] for queue in queues.values()), default=0.0))
+
+    def set_versions(self, versions: Sequence[Version]) -> None:
+        """Take note of all versions that are loaded; those of the last call that are missing have left."""
+        now = {version.manifest.tag: version for version in versions}
+        for tag, version in {**self._versions, **now}.items():
+            if self._versions.get(tag) == now.get(tag):
+                continue
+            manifest = version.manifest
+            labels = (tag, manifest.version, manifest.run_id, manifest.space_id, version.precision)
+            self._model.labels(*labels).set(tag in now)
+            self._live.labels(tag).set(tag in now and version.live)
+        self._versions = now
+
+    def record_swap(self, result: str) -> None:
+        """Take note of a version that was brought to all workers (`done`), or not: `refused`, `incomplete`, `busy`."""
+        self._swaps[(result,)].inc()
+
+    def set_refused(self, tags: Collection[str]) -> None:
+        """Take note of the versions that failed their checks and are not served for that."""
+        for tag in self._refused_tags | set(tags):
+            self._version_refused.labels(tag).set(tag in tags)
+        self._refused_tags |= set(tags)
+
+    def set_followed(self, seen_at: float | None, failures: int) -> None:
+        """Take note of when the alias was last read, in seconds since 1970, and how often in a row it was not since."""
+        self._follow_seen.set(seen_at or 0.0)
+        self._follow_failures.set(failures)
 
     def set_ready(self, ready: bool) -> None:
         """Take note of what the readiness check found."""
@@ -212,48 +295,14 @@ class ServeMetrics(Observer):
         if self._folder is None or sys.platform != "linux":
             return
         for path in self._folder.glob("gauge_live*_*.db"):
-            if _started(path.stem.rpartition("_")[2]) is None:
+            if started(path.stem.rpartition("_")[2]) is None:
                 path.unlink(missing_ok=True)
 
 
 def open_metrics(settings: ServeSettings, routes: Collection[str]) -> ServeMetrics:
     """Create the metrics of this worker, in a folder that only this server's workers share."""
     folder = settings.prometheus_folder
-    if folder is not None and (own := _make_folder()) is not None:
+    if folder is not None and (own := open_server_folder(FOLDER_PREFIX)) is not None:
         use_prometheus_folder(own)
-        _remove_left_folders(keep=own)
         folder = own
     return ServeMetrics(routes, folder)
-
-
-def _make_folder() -> Path | None:
-    """Make the folder of the server that started this worker, or find it made by another of its workers."""
-    if (started := _started(os.getppid())) is None:
-        return None
-    folder = Path(tempfile.gettempdir(), f"{FOLDER_PREFIX}{os.getppid()}-{started}")
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        mine = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
-    except OSError:
-        return None
-    return folder if mine else None
-
-
-def _remove_left_folders(keep: Path) -> None:
-    """Remove the folders of servers that have ended."""
-    for folder in keep.parent.glob(f"{FOLDER_PREFIX}*-*"):
-        pid, _, started = folder.name.removeprefix(FOLDER_PREFIX).partition("-")
-        if _started(pid) != started:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _started(pid: int | str) -> str | None:
-    """When a process started, as the kernel counts, which no change of the clock moves; None when it has ended.
-
-    Only Linux tells; elsewhere it is None for all.
-    """
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in ("X", "Z") else fields[18]

@@ -1,24 +1,25 @@
 """OpenAI's embeddings API: its request, its answers and its errors, as the official clients expect them.
 
-Beyond OpenAI's fields, requests may hold `prompt`, `prompt_text` and `on_overflow`; an answer says in `usage.truncated`
-which inputs were cut, when any was. Nothing here computes: encoder.py does.
+Beyond OpenAI's fields, requests may hold `prompt`, `prompt_text`, `on_overflow` and `space`; an answer says in
+`usage.truncated` which inputs were cut, when any was. Nothing here computes: encoder.py does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from bentos.answers import NUMBERS
 from bentos.engine import TokenCount
 from bentos.errors import InvalidRequestError, ServeError
 from bentos.manifest import Manifest
 from bentos.parsing import READY_MESSAGE, name_value
 from bentos.render import encode_base64
-from bentos.schemas import NUMBERS, Count, PromptedRequest, TextField
+from bentos.schemas import Dimensions, PromptedRequest, Space, TextField
 from bentos.vectors import Vectors
 
 PREFIX = "/v1/"
@@ -71,12 +72,14 @@ class EmbeddingsRequest(PromptedRequest):
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="`float` (default): lists of numbers. `base64`: little-endian float32."
     )
-    dimensions: Count | None = Field(
-        None,
-        description="Keep the first dimensions only; refused unless the model was trained for it.",
-        json_schema_extra={"x-limit": "dimensions"},
-    )
+    dimensions: Dimensions = None
+    space: Space = None
     user: str | None = Field(None, description="Taken for OpenAI's sake, and not used.")
+
+    @property
+    def asked_space(self) -> str | None:
+        """The space that the vectors shall be in, when not in the model's own."""
+        return self.space
 
     def text_fields(self) -> Iterator[TextField]:
         """Every field that holds texts to embed."""
@@ -122,16 +125,20 @@ class EmbeddingsResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One name under which the model can be asked for."""
+    """One name under which a model can be asked for, and what it stands for now."""
 
-    id: str
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str = Field(description="The name, an alias such as `champion`, or a tag.")
     object: Literal["model"]
     created: int = Field(description="Seconds since 1970.")
     owned_by: str
+    model: str = Field(description="Tag of the version meant, e.g. `ekiben:3-1f2e3d4c`.")
+    space_id: str = Field(description="Space of its vectors.")
 
 
 class ModelList(BaseModel):
-    """The names under which the model can be asked for."""
+    """The names under which the models that are loaded can be asked for."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -148,16 +155,23 @@ def write_embeddings(vectors: Vectors, tokens: Sequence[TokenCount], model: str,
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-def list_models(manifest: Manifest) -> dict[str, Any]:
-    """The content of a `ModelList`: the name that stays, and the tag, which a release changes."""
-    return {"object": "list", "data": [write_model(manifest, name) for name in (manifest.name, manifest.tag)]}
+def list_models(named: Mapping[str, Manifest]) -> dict[str, Any]:
+    """The content of a `ModelList`, of names and what each stands for now."""
+    return {"object": "list", "data": [write_model(manifest, name) for name, manifest in named.items()]}
 
 
 def write_model(manifest: Manifest, name: str) -> dict[str, Any]:
     """The content of a `ModelCard`, for one of the names of the model."""
     created = datetime.fromisoformat(manifest.created_at)
     created = created if created.tzinfo else created.replace(tzinfo=UTC)
-    return {"id": name, "object": "model", "created": int(created.timestamp()), "owned_by": OWNER}
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created.timestamp()),
+        "owned_by": OWNER,
+        "model": manifest.tag,
+        "space_id": manifest.space_id,
+    }
 
 
 def describe_error(error: ServeError) -> dict[str, Any]:

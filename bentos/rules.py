@@ -1,4 +1,4 @@
-"""What may be asked of one model: its names, prompts, dimensions, token ids and lengths of text.
+"""What may be asked of one model: its prompts, dimensions, token ids and lengths of text.
 
 Every check raises the error that says what was found, what is allowed and what to do.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bentos.adapter import Adapter
 from bentos.engine import Engine, TokenCount
-from bentos.errors import InvalidRequestError, TextTooLongError, TooLargeError, UnknownModelError
+from bentos.errors import InvalidRequestError, TextTooLongError, TooLargeError
 from bentos.inflight import Inspect
 from bentos.manifest import Manifest
-from bentos.schemas import TextField
+from bentos.schemas import DoorRequest, TextField
 from bentos.settings import ServeSettings
 
 
@@ -21,46 +22,70 @@ class ModelRules:
     def __init__(self, manifest: Manifest, engine: Engine, settings: ServeSettings) -> None:
         self._manifest = manifest
         self._settings = settings
-        self._names = list_names(manifest)
         self._vocabulary_size = engine.vocabulary_size
         self._frame = find_frame(engine)
-
-    def check_model(self, field: str, name: str | None) -> None:
-        """Let no name pass but those of the model served, and none at all.
-
-        Raises:
-            UnknownModelError: when another model is asked for.
-        """
-        if name is not None and name not in self._names:
-            raise UnknownModelError(
-                f"`{field}` is {name[:200]!r}, but {self._manifest.tag} is served here; "
-                f"leave `{field}` out, or name it {' or '.join(map(repr, self._names))}",
-                field=field,
-            )
 
     @property
     def allows_truncated_dimensions(self) -> bool:
         """Whether requests may ask for fewer dimensions than the model has."""
         return self._settings.allow_truncated_dimensions
 
-    def check_dimensions(self, dimensions: int | None) -> int:
-        """How many dimensions a vector shall have.
+    def check_dimensions(self, dimensions: int | None, adapter: Adapter | None = None) -> int:
+        """How many dimensions a vector shall have, in the model's own space or in the one that `adapter` leads to.
 
         Raises:
-            InvalidRequestError: when the model has fewer, or cutting is not allowed.
+            InvalidRequestError: when there are not so many, or the model was not trained for fewer.
         """
-        full = self._manifest.dim
+        full = self._manifest.dim if adapter is None else adapter.dim
         if dimensions is None or dimensions == full:
             return full
-        if not self.allows_truncated_dimensions:
+        if adapter is not None:
             raise InvalidRequestError(
-                f"`dimensions` is {dimensions}; this model has {full} and was not declared to be trained for fewer. "
-                "Leave `dimensions` out, or set EKIBEN_ALLOW_TRUNCATED_DIMENSIONS=true on the server if it was",
+                f"`dimensions` is {dimensions}, and vectors of the space {adapter.space_id!r} have {full}; mapped "
+                "vectors are not cut. Leave `dimensions` or `space` out",
+                field="dimensions",
+            )
+        nested = self._manifest.nested_dims
+        if dimensions in nested:
+            return dimensions
+        if not self.allows_truncated_dimensions:
+            trained = f"was trained for {_join(sorted(nested))} besides" if nested else "was not trained for fewer"
+            raise InvalidRequestError(
+                f"`dimensions` is {dimensions}; this model has {full} and {trained}. Leave `dimensions` out, "
+                f"{'name one of those, ' if nested else ''}or set EKIBEN_ALLOW_TRUNCATED_DIMENSIONS=true on the server "
+                "if its first dimensions mean something by themselves",
                 field="dimensions",
             )
         if dimensions > full:
             raise InvalidRequestError(f"`dimensions` is {dimensions}; 1 to {full} are allowed", field="dimensions")
         return dimensions
+
+    def check_normalize(self, normalize: bool | None, adapter: Adapter | None = None) -> bool:
+        """Whether vectors shall have length 1.
+
+        Raises:
+            InvalidRequestError: when they shall not, and are mapped: the map knows directions only.
+        """
+        if adapter is None:
+            return self._manifest.normalize if normalize is None else normalize
+        if normalize is False:
+            raise InvalidRequestError(
+                f"`normalize` is false, and vectors that are mapped into the space {adapter.space_id!r} have length 1: "
+                "the map knows directions, not lengths. Leave `normalize` or `space` out",
+                field="normalize",
+            )
+        return True
+
+    def choose_prompts(self, request: DoorRequest) -> list[str | None]:
+        """The text that is put before the texts of each text field of a request; None: none.
+
+        Raises:
+            InvalidRequestError: when the model has no prompt of a name.
+        """
+        return [
+            self.choose_prompt(choice.name, choice.literal, field=choice.field, usual=choice.usual)
+            for choice in request.prompt_choices()
+        ]
 
     def choose_prompt(
         self, name: str | None = None, literal: str | None = None, *, field: str = "prompt", usual: str | None = None
@@ -153,6 +178,10 @@ OTHER_TOKENIZER = (
     "Ids of another tokenizer would give a meaningless vector: send the text itself "
     "(LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
 )
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
 
 
 def list_names(manifest: Manifest) -> list[str]:

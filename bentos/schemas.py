@@ -1,4 +1,4 @@
-"""What the routes take and give: request and response models. OpenAI's are in openai.py; bodies are read by parsing.py.
+"""What the routes take: models of requests. OpenAI's is in openai.py, what comes back in answers.py; parsing.py reads.
 
 A field's description is all that callers learn about it from the OpenAPI page. Keys that begin with `x-` in a field's
 schema are for apidoc.py, which puts there what depends on settings and model, and for no one else.
@@ -8,26 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from bentos.errors import InvalidRequestError
-
-# BentoML's client takes the first of several schemas for the only one: it would take a string apart into letters. So it
-# is shown a single loose one; the true ones, under `x-any-of`, are for the OpenAPI document.
-NUMBERS, STRINGS = {"type": "array", "items": {"type": "number"}}, {"type": "array", "items": {"type": "string"}}
-TABLE = {"type": "array", "items": NUMBERS}
-VECTORS = WithJsonSchema({"type": "array", "items": {}, "x-any-of": [TABLE, STRINGS]})
-COSINES = WithJsonSchema({"type": "array", "items": {}, "x-any-of": [TABLE, NUMBERS]})
-SCORES = WithJsonSchema({"nullable": True, "x-any-of": [TABLE, NUMBERS, {"type": "null"}]})
-ANY_NUMBER = WithJsonSchema({"nullable": True, "x-any-of": [{"type": "number"}, {"type": "null"}]})
 
 Text = Annotated[str, Field(json_schema_extra={"x-limit": "text"})]
 Texts = Annotated[list[Text], Field(min_length=1, json_schema_extra={"x-limit": "texts"})]
 PROMPT: JsonDict = {"x-limit": "prompt"}
 PROMPT_TEXT: JsonDict = {"x-limit": "prompt_text"}
+MODEL: JsonDict = {"x-limit": "model"}
 
 
 def _read_whole(value: Any) -> Any:
@@ -36,6 +28,21 @@ def _read_whole(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(_read_whole)]
+Dimensions = Annotated[
+    Count | None,
+    Field(
+        description="Keep the first dimensions only; refused unless the model was trained for it.",
+        json_schema_extra={"x-limit": "dimensions"},
+    ),
+]
+Space = Annotated[
+    str | None,
+    Field(
+        description="Answer in this older space, by the model's own map into it, for an index that is not rebuilt yet: "
+        "unit vectors of that space's dimensions, named in `X-Ekiben-Space`. Default: the model's own space.",
+        json_schema_extra={"x-limit": "space"},
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,15 @@ class TextField:
     def label(self, row: int) -> str:
         """How messages name one of the texts: `texts[3]`, or `query` for a field that holds a single one."""
         return f"{self.name}[{row}]" if self.is_list else self.name
+
+
+class PromptChoice(NamedTuple):
+    """Which prompt a field's texts shall have: a text itself, else a name, else the model's usual one."""
+
+    name: str | None = None
+    literal: str | None = None
+    field: str = "prompt"  # of the name, for messages
+    usual: str | None = None  # name of the prompt that goes before the model's default, where the model has it
 
 
 class DoorRequest(BaseModel):
@@ -65,6 +81,20 @@ class DoorRequest(BaseModel):
     def refuses_overflow(self) -> bool:
         """Whether a text longer than the model takes is an error."""
         return False
+
+    @property
+    def asked_model(self) -> tuple[str, str | None]:
+        """The field that names a model, and the name that it holds."""
+        return "model", None
+
+    @property
+    def asked_space(self) -> str | None:
+        """The space that the vectors shall be in, when not in the model's own."""
+        return None
+
+    def prompt_choices(self) -> list[PromptChoice]:
+        """The prompt of each text field, in their order."""
+        return [PromptChoice() for _ in self.text_fields()]
 
     def literal_prompts(self) -> Iterator[tuple[str, str | None]]:
         """Every prompt that is given as a text, with its field's name."""
@@ -87,9 +117,15 @@ class TextsRequest(DoorRequest):
     )
     model: str | None = Field(
         None,
-        description="Refuse to answer (404) unless this is the model served: its tag, name, version or run.",
-        json_schema_extra={"x-limit": "model"},
+        description="Which of the models loaded shall answer: an alias such as `champion`, a tag, version or run; else "
+        "404. Default, and what the model's bare name stands for: the live one.",
+        json_schema_extra=MODEL,
     )
+
+    @property
+    def asked_model(self) -> tuple[str, str | None]:
+        """The field that names a model, and the name that it holds."""
+        return "model", self.model
 
     @property
     def refuses_overflow(self) -> bool:
@@ -112,6 +148,10 @@ class PromptedRequest(TextsRequest):
         json_schema_extra=PROMPT_TEXT,
     )
 
+    def prompt_choices(self) -> list[PromptChoice]:
+        """The prompt of each text field, in their order."""
+        return [PromptChoice(self.prompt, self.prompt_text) for _ in self.text_fields()]
+
 
 class EncodeRequest(PromptedRequest):
     """Texts to embed."""
@@ -120,11 +160,8 @@ class EncodeRequest(PromptedRequest):
     normalize: bool | None = Field(
         None, description="Whether vectors have length 1. Default: as the model was trained."
     )
-    dimensions: Count | None = Field(
-        None,
-        description="Keep the first dimensions only; refused unless the model was trained for it.",
-        json_schema_extra={"x-limit": "dimensions"},
-    )
+    dimensions: Dimensions = None
+    space: Space = None
     dtype: Literal["float32", "float16", "int8"] = Field(
         "float32",
         description="Kind of numbers. `int8`: each vector is scaled so that its largest component is 127; cosines stay "
@@ -135,6 +172,11 @@ class EncodeRequest(PromptedRequest):
         description="`float`: lists of numbers. `base64`: the little-endian bytes of the vector, less than half the "
         "size. Binary answers (`Accept: application/octet-stream`, `application/x-npy`) have no encoding.",
     )
+
+    @property
+    def asked_space(self) -> str | None:
+        """The space that the vectors shall be in, when not in the model's own."""
+        return self.space
 
     def text_fields(self) -> Iterator[TextField]:
         """Every field that holds texts to embed."""
@@ -208,6 +250,13 @@ class RankRequest(TextsRequest):
         yield TextField("query", [self.query], is_list=False)
         yield TextField("documents", self.documents)
 
+    def prompt_choices(self) -> list[PromptChoice]:
+        """The prompt of each text field, in their order."""
+        return [
+            PromptChoice(self.query_prompt, self.query_prompt_text, "query_prompt", "query"),
+            PromptChoice(self.document_prompt, self.document_prompt_text, "document_prompt", "document"),
+        ]
+
     def find_conflict(self) -> InvalidRequestError | None:
         """Find what no single field shows: fields that contradict each other."""
         if self.ids is not None and len(self.ids) != len(self.documents):
@@ -220,19 +269,31 @@ class RankRequest(TextsRequest):
 
 
 class VersionedRequest(DoorRequest):
-    """A request that may name the version it expects."""
+    """A request that may name the version that shall answer."""
 
     model_version: str | None = Field(
         None,
-        description="Refuse to answer (404) unless this is the version served: `3`, `v3`, its run or its tag.",
-        json_schema_extra={"x-limit": "model"},
+        description="Which of the versions loaded shall answer: `3`, `v3`, its run, its tag or an alias; else 404. "
+        "Default: the live one.",
+        json_schema_extra=MODEL,
     )
+
+    @property
+    def asked_model(self) -> tuple[str, str | None]:
+        """The field that names a model, and the name that it holds."""
+        return "model_version", self.model_version
 
 
 class PredictRequest(VersionedRequest):
     """One text to embed."""
 
     text: Text = Field(description="The text; the model's default prompt is put before it.")
+    space: Space = None
+
+    @property
+    def asked_space(self) -> str | None:
+        """The space that the vectors shall be in, when not in the model's own."""
+        return self.space
 
     def text_fields(self) -> Iterator[TextField]:
         """Every field that holds texts to embed."""
@@ -249,111 +310,3 @@ class PredictSimilarityRequest(VersionedRequest):
         """Every field that holds texts to embed."""
         yield TextField("text_a", [self.text_a], is_list=False)
         yield TextField("text_b", [self.text_b], is_list=False)
-
-
-class Usage(BaseModel):
-    """What the texts cost, and what was lost."""
-
-    tokens: list[int] = Field(description="Tokens of each text before any cut, special tokens and prompt included.")
-    truncated: list[int] = Field(description="Positions of the texts whose end was cut off.")
-    total_tokens: int = Field(description="Sum of `tokens`.")
-
-
-class Answer(BaseModel):
-    """What all answers have in common."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    model: str = Field(description="Tag of the model that made the vectors, e.g. `ekiben:3-1f2e3d4c`.")
-
-
-class EncodeResponse(Answer):
-    """The vectors, in the order of the texts."""
-
-    embeddings: Annotated[list[list[float]] | list[str], VECTORS] = Field(
-        description="A list of numbers a text, or a base64 string a text."
-    )
-    usage: Usage
-
-
-class SimilarityResponse(Answer):
-    """How alike the texts are."""
-
-    similarity: Annotated[list[list[float]] | list[float], COSINES] = Field(
-        description="Cosines in -1..1: a matrix, or a list when pairwise."
-    )
-    scores: Annotated[list[list[float]] | list[float] | None, SCORES] = Field(
-        description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
-    )
-    decision_threshold: Annotated[float | None, ANY_NUMBER] = Field(
-        description="Cosine at or above which two texts count as similar; null when the model has none."
-    )
-    usage: dict[Literal["a", "b"], Usage]
-
-
-class RankedDocument(BaseModel):
-    """One document in its place."""
-
-    index: int = Field(description="Position in `documents`.")
-    id: Any = Field(
-        None,
-        description="Its own of the `ids`; absent when none were given.",
-        json_schema_extra={"x-any-of": [{"type": "string"}, {"type": "integer"}]},
-    )
-    similarity: float = Field(description="Cosine with the query, -1..1.")
-    score: Annotated[float | None, ANY_NUMBER] = Field(
-        description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
-    )
-
-
-class RankResponse(Answer):
-    """The documents, most alike first; equal ones in the order given."""
-
-    results: list[RankedDocument]
-    usage: dict[Literal["query", "documents"], Usage]
-
-
-class PredictResponse(Answer):
-    """The vector of one text."""
-
-    embedding: list[float]
-    model_version: str = Field(description="Version in the model registry, e.g. `3`.")
-    usage: Usage
-
-
-class PredictSimilarityResponse(Answer):
-    """How alike two texts are."""
-
-    similarity: float = Field(description="Cosine, -1..1.")
-    score: Annotated[float | None, ANY_NUMBER] = Field(
-        description="The same on the scale of the training labels, 0..1; null when the model was not calibrated."
-    )
-    model_version: str = Field(description="Version in the model registry, e.g. `3`.")
-    usage: Usage
-
-
-class VectorList(RootModel[list[list[float]]]):
-    """One vector a text, in the order given."""
-
-
-class Problem(BaseModel):
-    """Why the server is not ready."""
-
-    code: str
-    message: str
-
-
-class HealthResponse(BaseModel):
-    """What is served, and whether it may be trusted; only `status` and `error` are there while no model is loaded."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    status: Literal["ok", "unavailable"]
-    error: Annotated[Problem, Field(description="Why it is unavailable.")] | None = None
-    model: str = Field("", description="Tag of the model served.")
-    version: str = Field("", description="Its version in the model registry.")
-    run_id: str = Field("", description="The run that trained it.")
-    space_id: str = Field("", description="Vectors may be compared only when it is equal.")
-    precision: str = Field("", description="Which of the model's precisions computes, such as `fp32` or `int8`.")
-    dim: int = Field(0, description="Dimensions of a vector.")
-    max_tokens: int = Field(0, description="Tokens of a text that the model sees; the rest is cut off.")

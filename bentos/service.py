@@ -11,68 +11,47 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
-import numpy as np
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from bentos.access import ApiKeys
-from bentos.application import EnvelopedService
-from bentos.doors import DOORS_BY_PATH
-from bentos.encoder import Encoder
-from bentos.envelope import ASKED_PATH, ServeErrors
-from bentos.errors import LunchboxError, NotReadyError, ServeError, SettingsError
-from bentos.http import MODEL_ROUTE, MODELS_FOLDER, json_response, render_error
-from bentos.lunchbox import open_lunchbox
-from bentos.machine import settle_memory
-from bentos.observer import Observer
-from bentos.openai import EmbeddingsRequest, EmbeddingsResponse
-from bentos.playground import make_routes
-from bentos.render import render
-from bentos.schemas import (
-    EncodeRequest,
+from bentos.answers import (
     EncodeResponse,
-    PredictRequest,
     PredictResponse,
-    PredictSimilarityRequest,
     PredictSimilarityResponse,
-    RankRequest,
     RankResponse,
-    SimilarityRequest,
     SimilarityResponse,
 )
+from bentos.application import EnvelopedService
+from bentos.crew import open_crew
+from bentos.doors import DOORS_BY_PATH
+from bentos.encoder import Encoder
+from bentos.envelope import ServeErrors
+from bentos.errors import LunchboxError, NotReadyError, ServeError, SettingsError
+from bentos.keeper import Keeper
+from bentos.machine import keep_memory_returnable, settle_memory
+from bentos.observer import Observer
+from bentos.openai import EmbeddingsRequest, EmbeddingsResponse
+from bentos.pinning import embed_pinned
+from bentos.playground import make_routes
+from bentos.render import render
+from bentos.routes import make_model_routes
+from bentos.schemas import (
+    EncodeRequest,
+    PredictRequest,
+    PredictSimilarityRequest,
+    RankRequest,
+    SimilarityRequest,
+)
 from bentos.settings import ServeSettings
+from bentos.shelf import Shelf
 from bentos.tracing import check_tracing
 
 SETTINGS = ServeSettings()
-WATCH_EVERY_S = 10.0
 MAX_BATCHED_TEXTS = 64  # of BentoML's own batching
 logger = logging.getLogger("bentos")
-
-
-async def get_health(_: Request) -> Response:
-    """Say what is served, and whether it may be trusted."""
-    service = bentoml.get_current_service()
-    content = {} if service.encoder is None else service.encoder.describe()
-    if (problem := await service.find_problem()) is None:
-        return json_response({"status": "ok", **content})
-    error = {"code": NotReadyError.code, "message": problem}
-    return json_response({"status": "unavailable", **content, "error": error}, NotReadyError.status)
-
-
-async def get_models(request: Request) -> Response:
-    """List the names of the model, or look one of them up, in OpenAI's shape."""
-    asked: str = request.scope.get(ASKED_PATH, request.url.path)
-    name = asked.removeprefix(MODELS_FOLDER) if request.path_params else None
-    try:
-        encoder = bentoml.get_current_service().get_encoder()
-        return json_response(encoder.list_models() if name is None else encoder.find_model(name))
-    except ServeError as error:
-        rendered = render_error(error, request.url.path)
-        return Response(rendered.body, error.status, rendered.headers, rendered.media_type)
 
 
 @bentoml.service(
@@ -88,11 +67,12 @@ class EmbeddingService:
     model = BentoModel(SETTINGS.model_tag)  # the build puts this model into the Bento, by its exact version
 
     def __init__(self) -> None:
-        self.encoder: Encoder | None = None
+        keep_memory_returnable()
+        self.shelf = Shelf()
         self.observer: Observer = SERVICE.observer
+        crew = open_crew(shared=SETTINGS.prometheus_folder is not None)  # then `bentoml serve` has started us
+        self.keeper = Keeper(self.shelf, crew, SETTINGS, self.observer, find_own_box)
         SERVICE.instance = self
-        self.refusal = "the model is still loading"
-        self.watch: asyncio.Task[None] | None = None
 
     @bentoml.on_deployment
     @staticmethod
@@ -107,38 +87,20 @@ class EmbeddingService:
     @bentoml.on_startup
     async def load(self) -> None:
         """Open the lunchbox. A bad one does not end the server: it stays up, not ready, and says why."""
-        try:
-            path = Path(find_model().resolve().path)
-            precision = None if SETTINGS.precision == "default" else SETTINGS.precision
-            box = open_lunchbox(path, precision=precision, device=SETTINGS.device)
-        except (BentoMLException, LunchboxError, OSError) as error:
-            self.refusal = str(error)
-            logger.error("not ready: %s", error)
+        settle_memory()  # before any version, so that each can go again
+        await self.keeper.start()
+        if (encoder := self.encoder) is None:
+            logger.error("not ready: %s", self.shelf.refusal)
             return
-        self.encoder = Encoder(box, SETTINGS, self.observer)
-        await self.encoder.start()
-        self.observer.set_model(box.manifest, box.engine.precision)
-        settle_memory()
-        logger.info("serving %s in %s, space %s", box.manifest.tag, box.engine.precision, box.manifest.space_id)
-        await self.find_problem()  # also tells the metrics
-        self.watch = asyncio.create_task(self.keep_watch(), name="ekiben-watch")
-
-    async def keep_watch(self) -> None:
-        """Ask the canary now and then, also when nobody asks for readiness: wrong vectors must stop by themselves."""
-        while True:
-            await asyncio.sleep(WATCH_EVERY_S)
-            try:
-                await self.find_problem()
-            except Exception:  # whatever it is, the next look may find out more
-                logger.exception("the server could not be looked after")
+        manifest = encoder.manifest
+        logger.info("serving %s in %s, space %s", manifest.tag, encoder.box.engine.precision, manifest.space_id)
 
     @bentoml.on_shutdown
     async def unload(self) -> None:
         """Finish the batches in flight."""
-        if self.watch is not None:
-            self.watch.cancel()
-        if self.encoder is not None:
-            await self.encoder.stop()
+        if SERVICE.shadow is not None:
+            await SERVICE.shadow.stop()
+        await self.keeper.stop()
         if SERVICE.tracing is not None:
             await asyncio.to_thread(SERVICE.tracing.close)
 
@@ -148,15 +110,42 @@ class EmbeddingService:
         Raises:
             NotReadyError: when none is loaded.
         """
-        if self.encoder is None:
-            raise NotReadyError(self.refusal)
-        return self.encoder
+        return self.shelf.live
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The model that is served, if there is one."""
+        try:
+            return self.shelf.live
+        except NotReadyError:
+            return None
+
+    async def load_version(self, version: str, *, live: bool, timeout_s: float) -> dict[str, Any]:
+        """Have all workers load a version, and serve it as the live one or beside it.
+
+        Args:
+            version: an alias, a tag, `3-1f2e3d4c`, `3`, `v3`, or a run id.
+            live: whether it takes the place of the live version; else it stands beside.
+            timeout_s: time for all workers to have it.
+
+        Returns:
+            `{"model", "live", "workers": {"done": [pid], "failed": {pid: reason}, "missing": [pid]}}`.
+
+        Raises:
+            UnknownModelError: when there is no such version (`field="version"`).
+            RefusedVersionError: when a worker refused it (`workers={...}`, `reason`); nothing has changed then.
+            IncompleteLoadError: when not all workers had it in time (`workers={...}`); nothing has changed then.
+            BusyError: when another load is under way (`model`, `retry_after_s`).
+        """
+        return await self.keeper.load(version, live=live, timeout_s=timeout_s)
+
+    def describe_models(self) -> dict[str, Any]:
+        """What is loaded, what is followed, what was refused: the content of GET /models/info."""
+        return self.keeper.describe()
 
     async def find_problem(self) -> str | None:
         """Say why the server is not ready, or None when it is."""
-        problem = self.refusal if self.encoder is None else await self.encoder.find_problem()
-        self.observer.set_ready(problem is None)
-        return problem
+        return await self.keeper.find_problem()
 
     async def __is_ready__(self) -> bool:
         if (problem := await self.find_problem()) is not None:
@@ -202,16 +191,16 @@ class EmbeddingService:
     async def encode_batchable(self, texts: list[str]) -> list[list[float]]:
         """Embed texts by BentoML's own adaptive batching, for comparison with /encode."""
         try:
-            vectors: np.ndarray[Any, Any] = await self.get_encoder().embed_texts(texts)
+            return await embed_pinned(texts, lambda: self.shelf.live)
         except ServeError as error:  # BentoML shows the status of its own errors only
             raise BentoMLException(error.message, error_code=HTTPStatus(error.status)) from error
-        rows: list[list[float]] = vectors.tolist()
-        return rows
 
     async def _answer(self, path: str, fields: dict[str, Any]) -> Response:
         door = DOORS_BY_PATH[path]
-        question = getattr(self.get_encoder(), str(door.method))
-        rendered = render(await question(door.request.model_construct(**fields)))
+        request = door.request.model_construct(**fields)
+        encoder = self.shelf.choose(*request.asked_model)
+        with self.shelf.holding(encoder):
+            rendered = render(await getattr(encoder, str(door.method))(request))
         return Response(rendered.body, media_type=rendered.media_type)
 
 
@@ -229,14 +218,24 @@ def find_model() -> BentoModel:
     return next(info.to_model() for info in bento.info.all_models)
 
 
+def find_own_box() -> Path:
+    """The folder of the served Bento's own lunchbox.
+
+    Raises:
+        LunchboxError: when the model is not in the store.
+    """
+    try:
+        return Path(find_model().resolve().path)
+    except (BentoMLException, OSError) as error:
+        raise LunchboxError(str(error)) from error
+
+
 SERVICE.settings = SETTINGS
 SERVICE.add_asgi_middleware(ServeErrors)
 SERVICE.mount_asgi_app(
     Starlette(
         routes=[
-            Route("/health", get_health),
-            Route("/v1/models", get_models),
-            Route(MODEL_ROUTE, get_models),
+            *make_model_routes(SERVICE),
             *make_routes(),
         ]
     )

@@ -162,6 +162,17 @@ class ServeSettings(BaseSettings):
         description="MLflow server (`http://...`) that holds aliases and models; anything else means the local store, "
         "to which releases on this machine write.",
     )
+    registry_username: str = Field(
+        default="",
+        validation_alias="MLFLOW_TRACKING_USERNAME",
+        description="User at that server, when it asks for one; or `user:password@` in its address.",
+    )
+    registry_password: SecretStr | None = Field(
+        default=None, validation_alias="MLFLOW_TRACKING_PASSWORD", description="The user's password."
+    )
+    registry_token: SecretStr | None = Field(
+        default=None, validation_alias="MLFLOW_TRACKING_TOKEN", description="Token to show there, in place of both."
+    )
     model_name: str = Field(
         default="ekiben", pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name in the model registry."
     )
@@ -169,10 +180,16 @@ class ServeSettings(BaseSettings):
         default=2048,
         ge=0,
         le=1_000_000,
-        description="MiB that versions beside the live one may take together; the least recently used leave first.",
+        description="MiB that versions beside the live one may take together, in each worker; the least recently used "
+        "leave first.",
     )
     shelf_folder: Path | None = Field(
         default=None, description="Where fetched models are kept. Default: `ekiben` in BentoML's home."
+    )
+    bentoml_home: Path = Field(
+        default=Path("~/bentoml"),
+        validation_alias="BENTOML_HOME",
+        description="BentoML's home: its model store, and the file of aliases that releases on this machine write.",
     )
     shadow: str = Field(
         default="",
@@ -263,6 +280,16 @@ class ServeSettings(BaseSettings):
         le=86_400,
         description="Seconds that a connection may rest between two requests.",
     )
+
+    @property
+    def fetched_folder(self) -> Path:
+        """Where fetched models are kept."""
+        return (self.shelf_folder or self.home / "ekiben").expanduser()
+
+    @property
+    def home(self) -> Path:
+        """BentoML's home, as BentoML itself understands it."""
+        return Path(os.path.expandvars(self.bentoml_home)).expanduser()
 
     @field_validator("cors_origins")
     @classmethod

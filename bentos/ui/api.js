@@ -19,7 +19,7 @@ export function addressOf(route) {
 }
 
 /**
- * Ask the server and return {content, latencyMs, requestId}.
+ * Ask the server and return {content, latencyMs, requestId, space}; `space` is that of this very answer.
  * `body` undefined: GET. Throws ApiError; an aborted request throws the browser's AbortError.
  */
 export async function ask(route, { body, key = "", signal } = {}) {
@@ -47,13 +47,14 @@ export async function ask(route, { body, key = "", signal } = {}) {
   }
   const latencyMs = performance.now() - started;
   const requestId = response.headers.get("X-Request-Id");
+  const space = response.headers.get("X-Ekiben-Space");
   let content = null;
   try {
     content = JSON.parse(text);
   } catch {
     // not JSON: told below
   }
-  if (response.ok && content !== null) return { content, latencyMs, requestId };
+  if (response.ok && content !== null) return { content, latencyMs, requestId, space };
   throw new ApiError(content?.error?.message ?? NO_MESSAGE, {
     status: response.status,
     code: content?.error?.code ?? response.statusText,

@@ -102,14 +102,15 @@ export function showUsage(box, shown, limit) {
   box.replaceChildren(make("table", {}, make("colgroup", {}, make("col"), make("col"), make("col")), head, body));
 }
 
-/** The way back from these values to what made them. `info` is /health's answer. */
+/** The way back from these values to what made them: what the answer says of itself, and /health's `info` of that model. */
 export function showWayBack(box, shown, info) {
+  const known = info.model === shown.model ? info : {}; // else another version has become live since
   const stations = [
     ["answered by", shown.model],
-    ["version", info.version],
-    ["run", info.run_id],
-    ["space", info.space_id],
-    ["precision", info.precision],
+    ["version", known.version],
+    ["run", known.run_id],
+    ["space", shown.space ?? known.space_id],
+    ["precision", known.precision],
   ];
   if (shown.requestId) stations.push(["request", shown.requestId]);
   const facts = stations

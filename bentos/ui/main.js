@@ -58,11 +58,12 @@ function fillPrompts() {
 }
 
 function fillDimensions() {
-  const sizes = [];
-  for (let size = 2 ** Math.floor(Math.log2((info.dim ?? 1) - 1)); size >= 8; size /= 2)
-    sizes.push([String(size), String(size)]);
-  byId("field-dimensions").hidden = !(info.allow_truncated_dimensions && sizes.length);
-  refill(byId("dimensions"), [["", `all ${info.dim}`], ...sizes]);
+  const sizes = new Set(info.nested_dims ?? []); // that the model was trained for
+  if (info.allow_truncated_dimensions)
+    for (let size = 2 ** Math.floor(Math.log2((info.dim ?? 1) - 1)); size >= 8; size /= 2) sizes.add(size);
+  byId("field-dimensions").hidden = !sizes.size;
+  const offered = [...sizes].sort((one, other) => other - one).map((size) => [String(size), String(size)]);
+  refill(byId("dimensions"), [["", `all ${info.dim}`], ...offered]);
 }
 
 /** Offer `options` ([value, label]) and keep the choice where it is still offered. */

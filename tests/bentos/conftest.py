@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bentos.manifest import Manifest, read_manifest
+from tests.bentos.shelves import make_successor
 from tests.serving import Server, bento_home, copy_lunchbox, serve
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,12 @@ def built_home(tmp_path_factory: pytest.TempPathFactory, tiny_lunchbox_path: Pat
 @pytest.fixture(scope="session")
 def manifest(tiny_lunchbox_path: Path) -> Manifest:
     return read_manifest(tiny_lunchbox_path)
+
+
+@pytest.fixture(scope="session")
+def successor_path(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
+    """The lunchbox of version 2, which has a map into the space of `tiny_lunchbox_path`. Do not write into it."""
+    return make_successor(tmp_path_factory.mktemp("successor") / "lunchbox", manifest)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 
 from bentos import access
 from bentos.access import ApiKeys, add_cors
-from bentos.errors import SettingsError, UnauthorizedError
+from bentos.errors import ForbiddenError, SettingsError, UnauthorizedError
 from bentos.settings import ServeSettings
 
 FIRST, SECOND, THIRD = "first-key-0123456789", "second-key-012345678", "third-key-0123456789"
@@ -195,7 +195,7 @@ def test_while_the_file_is_bad_the_keys_stay_and_one_error_is_logged(
             assert accepts(keys, FIRST)
             assert not accepts(keys, "")
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
-        assert "the API keys stay as they were" in caplog.text
+        assert "the keys stay as they were: EKIBEN_API_KEYS_FILE" in caplog.text
     key_file(tmp_path, SECOND)
     assert accepts(keys, SECOND)
     assert not accepts(keys, FIRST)
@@ -208,6 +208,69 @@ def test_the_file_is_looked_at_once_a_second_at_most(tmp_path: Path, monkeypatch
     assert accepts(keys, FIRST)
 
 
+# --- admins
+
+ADMIN = "an-admin-key-0123456789"
+
+
+def is_admin(keys: ApiKeys, key: str) -> bool:
+    try:
+        return keys.check_admin(f"Bearer {key}".encode(), None) == keys.check_admin(None, key.encode())
+    except (ForbiddenError, UnauthorizedError):
+        return False
+
+
+def test_admins_and_callers_have_keys_of_their_own() -> None:
+    keys = make_keys(FIRST, admin_keys=f"{ADMIN},{THIRD}")
+    assert [is_admin(keys, key) for key in (ADMIN, THIRD, FIRST, SECOND)] == [True, True, False, False]
+    assert [accepts(keys, key) for key in (FIRST, ADMIN, THIRD)] == [True, False, False]
+    with pytest.raises(ForbiddenError, match="an API key, which may embed but not load models"):
+        keys.check_admin(None, FIRST.encode())
+    for shown, problem in ((None, "shows no admin key"), (SECOND.encode(), "no admin key that is known here")):
+        with pytest.raises(UnauthorizedError, match=problem):
+            keys.check_admin(None, shown)
+
+
+def test_without_admin_keys_nobody_is_one_and_it_is_told_how_to_have_some() -> None:
+    for keys in (ApiKeys(ServeSettings()), make_keys(FIRST)):
+        for shown in (None, FIRST.encode(), b""):
+            with pytest.raises(ForbiddenError, match=r"Set EKIBEN_ADMIN_KEYS_FILE \(or EKIBEN_ADMIN_KEYS\).*openssl"):
+                keys.check_admin(None, shown)
+
+
+def test_admin_keys_alone_close_nothing() -> None:
+    keys = ApiKeys(ServeSettings(admin_keys=ADMIN))
+    assert keys.is_open("/encode")
+    assert keys.check(None, None) is None
+
+
+def test_an_admin_may_see_what_became_of_a_load() -> None:
+    keys = make_keys(FIRST, admin_keys=ADMIN)
+    assert not keys.is_open("/models/info")
+    for key in (FIRST, ADMIN):
+        assert keys.check(None, key.encode(), "/models/info")
+    for path in ("/encode", "/models/info/", "/v1/models"):
+        with pytest.raises(UnauthorizedError):
+            keys.check(None, ADMIN.encode(), path)
+
+
+def test_a_changed_file_of_admin_keys_is_read_again_and_a_bad_one_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(access, "CHECK_EVERY_S", 0)
+    path = key_file(tmp_path, ADMIN)
+    keys = make_keys(FIRST, admin_keys_file=path)
+    assert is_admin(keys, ADMIN)
+    key_file(tmp_path, f"{SECOND} # the new one")
+    assert [is_admin(keys, key) for key in (ADMIN, SECOND)] == [False, True]
+    key_file(tmp_path, "short")
+    assert is_admin(keys, SECOND)
+    assert "the keys stay as they were: EKIBEN_ADMIN_KEYS_FILE" in caplog.text
+    for source in ({"admin_keys_file": path}, {"admin_keys": "short"}, {"admin_keys": ""}):
+        with pytest.raises(SettingsError, match="EKIBEN_ADMIN_KEYS"):
+            ApiKeys(ServeSettings(**source))
+
+
 # --- no key is ever shown
 
 
@@ -218,6 +281,7 @@ def test_no_key_shows_in_settings_messages_or_logs(
     monkeypatch.setattr(access, "CHECK_EVERY_S", 0)
     monkeypatch.setenv("EKIBEN_API_KEYS", canary)
     monkeypatch.setenv("EKIBEN_API_KEYS_FILE", str(key_file(tmp_path, canary + "-file")))
+    monkeypatch.setenv("EKIBEN_ADMIN_KEYS", canary + "-admin")
     caplog.set_level(logging.DEBUG)
     settings = ServeSettings()
     keys = ApiKeys(settings)
@@ -227,6 +291,9 @@ def test_no_key_shows_in_settings_messages_or_logs(
     for headers in ((f"Bearer {canary}x".encode(), None), (canary.encode(), b"CANARY")):
         with pytest.raises(UnauthorizedError) as refused:
             keys.check(*headers)
+        with pytest.raises(UnauthorizedError) as unknown:
+            keys.check_admin(b"Bearer " + canary.encode() + b"-of-nobody", None)
+        shown += [repr(unknown.value), unknown.value.message]
         shown += [repr(refused.value), refused.value.message, str(refused.value.details)]
     monkeypatch.setenv("EKIBEN_MAX_TEXTS", "0")
     with pytest.raises(ValidationError) as invalid:
@@ -275,7 +342,7 @@ def test_a_browser_may_send_its_headers_and_read_ours(origins: str) -> None:
     answer = ask("POST", "https://app.example.com", origins)
     assert answer.text == "hello"
     readable = answer.headers["access-control-expose-headers"].lower().split(", ")
-    assert {"x-request-id", "retry-after", "x-ekiben-space", "x-ekiben-shape"} <= set(readable)
+    assert {"x-request-id", "retry-after", "x-ekiben-space", "x-ekiben-shape", "x-ekiben-adapted-from"} <= set(readable)
     assert "access-control-allow-credentials" not in answer.headers
 
 

@@ -101,6 +101,8 @@ def test_the_model_says_which_prompts_names_and_dimensions_pass(manifest: Manife
         return accepts(document, schema, {"texts": ["a"], **fields})
 
     assert passes(prompt="query", prompt_text=None, model=prompted.tag, dimensions=prompted.dim)
+    assert passes(space=prompted.space_id)
+    assert not passes(space="0" * 16)
     assert passes(prompt=None, prompt_text="", model="ekiben", dimensions=None)
     for wrong in ({"prompt": "x"}, {"prompt": "query", "prompt_text": ""}, {"model": "x"}, {"dimensions": 8}):
         assert not passes(**wrong)
@@ -111,6 +113,43 @@ def test_the_model_says_which_prompts_names_and_dimensions_pass(manifest: Manife
     assert passes(prompt=None)
 
 
+def test_all_versions_that_are_loaded_give_their_names_and_spaces(manifest: Manifest) -> None:
+    trained = manifest.model_copy(update={"nested_dims": [8, 16]})
+    names, spaces = ["ekiben", "champion", "previous"], [manifest.space_id, "f" * 16]
+    document = build_document(DEFAULTS, trained, names=names, spaces=spaces)
+    schema = request_schema("/encode", document)
+    for passes, fields in (
+        (True, {"model": "previous"}),
+        (True, {"space": "f" * 16}),
+        (True, {"dimensions": 16}),
+        (True, {"dimensions": manifest.dim}),
+        (False, {"model": "challenger"}),
+        (False, {"space": "0" * 16}),
+        (False, {"dimensions": 12}),
+    ):
+        assert accepts(document, schema, {"texts": ["a"], **fields}) == passes, fields
+    predict = request_schema("/predict", document)
+    assert accepts(document, predict, {"text": "a", "model_version": "champion", "space": spaces[1]})
+
+
+def test_a_version_is_loaded_by_admins_whether_others_have_keys_or_not() -> None:
+    for callers in ({}, {"api_keys": KEY}):
+        for source in ({"admin_keys": KEY}, {"admin_keys_file": Path("keys")}):
+            document = build_document(DEFAULTS.model_copy(update={**callers, **source}))
+            load = document["paths"]["/models/load/{version}"]["post"]
+            assert ("security" in load, "401" in load["responses"]) == (True, True)
+            assert "bearer" in document["components"]["securitySchemes"]
+            assert ("security" in document["paths"]["/encode"]["post"]) == bool(callers)
+    told = {status: answer["description"] for status, answer in load["responses"].items()}
+    assert ("`busy`" in told["409"], "`version_refused`" in told["422"], "`load_incomplete`" in told["504"]) == (
+        True,
+    ) * 3
+    assert "space_mismatch" not in told["409"]
+    encode = document["paths"]["/encode"]["post"]["responses"]
+    assert "busy" not in encode["409"]["description"]
+    assert "X-Ekiben-Adapted-From" in encode["200"]["headers"]
+
+
 def test_keys_are_asked_for_only_when_there_are_keys() -> None:
     open_document = build_document(DEFAULTS)
     assert "securitySchemes" not in open_document["components"]
@@ -119,7 +158,7 @@ def test_keys_are_asked_for_only_when_there_are_keys() -> None:
         paths = build_document(DEFAULTS.model_copy(update=source))["paths"]
         for path, operations in paths.items():
             for operation in operations.values():
-                protected = path not in ("/health", "/livez", "/readyz", "/metrics")
+                protected = path not in ("/health", "/livez", "/readyz", "/metrics", "/models/load/{version}")
                 assert ("security" in operation) == ("401" in operation["responses"]) == protected, path
 
 
@@ -200,6 +239,7 @@ def test_good_and_bad_requests_are_answered_as_told(client: httpx.Client, docume
         ("/v1/models", "/v1/models", 200),
         ("/v1/models/{model}", "/v1/models/ekiben", 200),
         ("/v1/models/{model}", "/v1/models/nobody", 404),
+        ("/models/info", "/models/info", 200),
         ("/health", "/health", 200),
         ("/livez", "/livez", 200),
         ("/readyz", "/readyz", 200),
@@ -212,6 +252,15 @@ def test_the_other_routes_are_answered_as_told(
     response = client.get(asked)
     assert response.status_code == status
     check_answer(document, path, "GET", response)
+
+
+@pytest.mark.parametrize(("body", "status"), [(None, 403), ({"live": False}, 403)])
+def test_without_admin_keys_no_version_is_loaded(
+    client: httpx.Client, document: dict[str, Any], body: Any, status: int
+) -> None:
+    response = client.post("/models/load/2", **({} if body is None else {"json": body}))
+    assert response.status_code == status
+    check_answer(document, "/models/load/{version}", "POST", response)
 
 
 REQUEST = re.compile(r"3000(/\S+)(.*?) -d '(.*?)'", re.DOTALL)

@@ -90,7 +90,7 @@ class Notes(Observer):
     def record_lane_restart(self, lane: str) -> None:
         self.heard.append(("restart", lane))
 
-    def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float) -> None:
+    def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float, owner: int = 0) -> None:
         self.heard.append(("queue", lane, texts, tokens))
 
 
@@ -508,7 +508,7 @@ def test_a_thread_that_ends_its_long_batch_as_it_is_given_up_loses_nothing() -> 
 
 def test_the_supervisor_outlives_an_observer_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(Notes):
-        def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float) -> None:
+        def set_queue(self, lane: str, texts: int, tokens: int, oldest_s: float, owner: int = 0) -> None:
             self.heard.append(("queue",))
             raise OSError("disk full")
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ import pytest
 
 from bentos.encoder import CHECK_EVERY_S, Encoder
 from bentos.engine import Engine
-from bentos.errors import InvalidRequestError, NotReadyError, TextTooLongError, TooLargeError, UnknownModelError
+from bentos.errors import InvalidRequestError, NotReadyError, TextTooLongError, TooLargeError
 from bentos.lunchbox import open_lunchbox
 from bentos.manifest import Calibration, read_manifest, write_manifest
+from bentos.observer import BatchRecord, Observer
 from bentos.render import Base64Rows, render
 from bentos.schemas import (
     EncodeRequest,
@@ -107,14 +108,6 @@ def test_usage_counts_whole_texts_and_names_the_cut_ones(box: Path) -> None:
 def test_an_overflow_is_an_error_on_demand(box: Path) -> None:
     with pytest.raises(TextTooLongError, match=r"`texts\[1\]` has 50\d tokens; the model takes 64"):
         encode(box, texts=["bread", LONG], on_overflow="error")
-
-
-def test_the_right_model_may_be_named_in_many_ways_and_a_wrong_one_not(box: Path) -> None:
-    manifest = read_manifest(box)
-    for name in (manifest.tag, manifest.name, manifest.bento_version, manifest.version, f"v{manifest.version}"):
-        assert encode(box, model=name)["model"] == manifest.tag
-    with pytest.raises(UnknownModelError, match=manifest.tag):
-        encode(box, model="ekiben:99")
 
 
 def test_fewer_dimensions_need_the_servers_consent(box: Path, engine: Engine) -> None:
@@ -279,18 +272,37 @@ def test_predict_similarity_gives_cosine_and_score(box: Path, engine: Engine) ->
     assert (answer["model_version"], len(answer["usage"]["tokens"])) == (engine.manifest.version, 2)
 
 
-def test_the_version_may_be_named_in_many_ways_and_another_one_not(box: Path) -> None:
-    manifest = read_manifest(box)
-    for version in (manifest.version, f"v{manifest.version}", manifest.run_id, manifest.tag):
-        request = PredictRequest(text="bread", model_version=version)
-        assert run(box, lambda encoder, r=request: encoder.predict(r))["model_version"] == manifest.version
-    for request in (
-        PredictRequest(text="bread", model_version="99"),
-        PredictSimilarityRequest(text_a="a", text_b="b", model_version="99"),
-    ):
-        method = Encoder.predict if isinstance(request, PredictRequest) else Encoder.predict_similarity
-        with pytest.raises(UnknownModelError, match="`model_version` is '99', but ekiben:1-01234567 is served"):
-            run(box, lambda encoder, m=method, r=request: m(encoder, r))
+def test_whoever_watches_sees_the_raw_vectors_of_all_texts(box: Path, engine: Engine) -> None:
+    seen: list[Any] = []
+    request = RankRequest(query="milk", documents=["bread"])
+    run(box, lambda encoder: encoder.rank(request, None, lambda *shown: seen.append(shown)))
+    ((watched, vectors),) = seen
+    assert watched is request
+    np.testing.assert_allclose(vectors, engine.embed(["find: milk", "text: bread"], normalize=False), atol=1e-5)
+
+
+def test_some_texts_are_embedded_aside_by_the_bulk_lane_and_not_counted(box: Path, engine: Engine) -> None:
+    class Heard(Observer):
+        lanes: ClassVar[list[str]] = []
+
+        def record_batch(self, record: BatchRecord) -> None:
+            self.lanes.append(record.lane)
+
+        def record_texts(self, texts: int, tokens: int, truncated: int) -> None:
+            raise AssertionError("nobody was answered")
+
+    async def main() -> Any:
+        encoder = Encoder(open_lunchbox(box), ServeSettings(), Heard())
+        await encoder.start()
+        Heard.lanes.clear()
+        try:
+            return await encoder.embed_aside(RankRequest(query="milk", documents=["a", "bread", "b"]), [0, 2])
+        finally:
+            await encoder.stop()
+
+    vectors = asyncio.run(main())
+    np.testing.assert_allclose(vectors, engine.embed(["find: milk", "text: bread"], normalize=False), atol=1e-5)
+    assert set(Heard.lanes) == {"bulk"}
 
 
 def test_plain_texts_get_the_vectors_of_encode(box: Path) -> None:

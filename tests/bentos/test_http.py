@@ -18,11 +18,14 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from bentos.access import ApiKeys
 from bentos.encoder import Encoder
-from bentos.errors import NotReadyError, OverloadedError
+from bentos.errors import OverloadedError
 from bentos.http import Frontend
 from bentos.lunchbox import Canary, Lunchbox, open_lunchbox
 from bentos.metrics import ServeMetrics
+from bentos.pinning import embed_pinned
 from bentos.settings import ServeSettings
+from bentos.shelf import Shelf
+from tests.bentos.shelves import make_shelf
 
 SETTINGS = ServeSettings(max_body_bytes=1024, max_texts=4)
 JSON = {"content-type": "application/json"}
@@ -31,9 +34,11 @@ HELLO = {"texts": ["hello"]}
 
 
 async def inner(scope: Any, receive: Any, send: Any) -> None:
-    """Stands for BentoML's application: echoes what a batchable door gets."""
+    """Stands for BentoML's application and its batching."""
     if scope["path"] == "/encode_batchable":
-        return await JSONResponse(json.loads(await Request(scope, receive).body()))(scope, receive, send)
+        texts = json.loads(await Request(scope, receive).body())["texts"]
+        rows = await embed_pinned(texts, lambda: pytest.fail("every text must be pinned"))
+        return await JSONResponse(rows)(scope, receive, send)
     if scope["path"] == "/livez":
         return await PlainTextResponse("", 200)(scope, receive, send)
     return await PlainTextResponse("Not Found", 404)(scope, receive, send)
@@ -58,10 +63,11 @@ def serve(box: Lunchbox, metrics: ServeMetrics, use: Use, settings: ServeSetting
     async def main() -> None:
         encoder = Encoder(box, settings, metrics)
         await encoder.start()
+        shelf = make_shelf(encoder)
         app = Frontend(
             inner,
             known_paths={"/encode", "/encode_batchable", "/livez"},
-            get_encoder=lambda: encoder,
+            get_shelf=lambda: shelf,
             settings=settings,
             keys=ApiKeys(settings),
             metrics=metrics,
@@ -128,7 +134,8 @@ def test_other_routes_pass_on_to_bentoml(box: Lunchbox, metrics: ServeMetrics) -
 def test_a_door_of_bentoml_is_checked_first_and_gets_its_body(box: Lunchbox, metrics: ServeMetrics) -> None:
     async def use(client: httpx.AsyncClient, _: Encoder) -> None:
         good = await client.post("/encode_batchable", json={"texts": ["a", "ö"]})
-        assert (good.status_code, good.json()) == (200, {"texts": ["a", "ö"]})
+        assert good.status_code == 200
+        np.testing.assert_allclose(good.json(), box.engine.embed(["a", "ö"]), atol=1e-5)
         bad = await client.post("/encode_batchable", json={"texts": [""]})
         assert bad.status_code == 422
 
@@ -281,11 +288,10 @@ def test_what_nobody_foresaw_is_hidden_and_logged(
 
 
 def test_without_a_model_the_doors_say_why(metrics: ServeMetrics) -> None:
-    def refuse() -> Encoder:
-        raise NotReadyError("model.onnx is missing")
-
+    shelf = Shelf()
+    shelf.refusal = "model.onnx is missing"
     app = Frontend(
-        inner, known_paths=(), get_encoder=refuse, settings=SETTINGS, keys=ApiKeys(SETTINGS), metrics=metrics
+        inner, known_paths=(), get_shelf=lambda: shelf, settings=SETTINGS, keys=ApiKeys(SETTINGS), metrics=metrics
     )
 
     async def main() -> httpx.Response:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bentos.manifest import Manifest
 from bentos.metrics import ServeMetrics
-from bentos.observer import BatchRecord
+from bentos.observer import BatchRecord, Version
 from tests.serving import Server, serve
 
 ROUTES = ("/encode", "/health")
@@ -43,7 +43,16 @@ NAMES = {
     "ekiben_lane_restarts_total",
     "ekiben_connections",
     "ekiben_connections_refused_total",
+    "ekiben_answers_total",
+    "ekiben_shadow_requests_total",
+    "ekiben_shadow_cosine",
+    "ekiben_shadow_overlap",
     "ekiben_model_info",
+    "ekiben_model_live",
+    "ekiben_swaps_total",
+    "ekiben_version_refused",
+    "ekiben_follow_seen_timestamp_seconds",
+    "ekiben_follow_failures",
     "ekiben_ready",
 }
 BATCH = BatchRecord("bulk", texts=3, tokens=20, padded_tokens=24, queue_s=[0.2, 0.1, 0.4], infer_s=0.05)
@@ -69,9 +78,15 @@ def exercise(metrics: ServeMetrics, manifest: Manifest) -> None:
     metrics.record_duplicates(1)
     metrics.record_lane_restart("bulk")
     metrics.record_refused_connection("headers")
+    metrics.record_answer("ekiben:1-12345678", "space")
+    metrics.record_shadow("compared")
+    metrics.record_shadow_texts("ekiben:2-12345678", [0.9], [0.8])
     metrics.set_connections(3)
     metrics.set_queue("interactive", 1, 2, 0.5)
-    metrics.set_model(manifest, "fp32")
+    metrics.set_versions([Version(manifest, "fp32", live=True)])
+    metrics.record_swap("done")
+    metrics.set_refused(["ekiben:9-12345678"])
+    metrics.set_followed(1.0, 0)
     metrics.set_ready(True)
 
 
@@ -136,12 +151,46 @@ def test_gauges_show_the_last_value(metrics: ServeMetrics, manifest: Manifest) -
         metrics.set_queue("bulk", texts, texts * 10, texts / 2)
     metrics.set_ready(True)
     metrics.set_ready(False)
-    metrics.set_model(manifest, "fp32")
+    metrics.set_followed(5.0, 2)
+    metrics.set_followed(7.0, 0)
     assert value(metrics, "ekiben_queue_texts", lane="bulk") == 0
     assert value(metrics, "ekiben_queue_oldest_seconds", lane="bulk") == 0
     assert value(metrics, "ekiben_ready") == 0
-    model = {"model": manifest.tag, "version": manifest.version, "run_id": manifest.run_id}
-    assert value(metrics, "ekiben_model_info", space_id=manifest.space_id, precision="fp32", **model) == 1
+    assert value(metrics, "ekiben_follow_seen_timestamp_seconds") == 7.0
+    assert value(metrics, "ekiben_follow_failures") == 0
+
+
+def test_the_queues_of_all_versions_add_up(metrics: ServeMetrics) -> None:
+    metrics.set_queue("bulk", 5, 50, 1.5, owner=1)
+    metrics.set_queue("bulk", 2, 20, 2.5, owner=2)
+    assert value(metrics, "ekiben_queue_texts", lane="bulk") == 7
+    assert value(metrics, "ekiben_queue_tokens", lane="bulk") == 70
+    assert value(metrics, "ekiben_queue_oldest_seconds", lane="bulk") == 2.5
+    metrics.set_queue("bulk", 0, 0, 0.0, owner=2)
+    assert value(metrics, "ekiben_queue_texts", lane="bulk") == 5
+    assert value(metrics, "ekiben_queue_oldest_seconds", lane="bulk") == 1.5
+
+
+def test_a_version_that_left_is_not_loaded_any_more(metrics: ServeMetrics, manifest: Manifest) -> None:
+    old, new = (manifest.model_copy(update={"version": version}) for version in "12")
+
+    def info(of: Manifest) -> float | None:
+        labels = {"version": of.version, "run_id": of.run_id, "space_id": of.space_id, "precision": "fp32"}
+        return value(metrics, "ekiben_model_info", model=of.tag, **labels)
+
+    metrics.set_versions([Version(old, "fp32", live=True), Version(new, "fp32", live=False)])
+    assert (info(old), info(new)) == (1, 1)
+    assert [value(metrics, "ekiben_model_live", model=each.tag) for each in (old, new)] == [1, 0]
+    metrics.set_versions([Version(new, "fp32", live=True)])
+    assert (info(old), info(new)) == (0, 1)
+    assert [value(metrics, "ekiben_model_live", model=each.tag) for each in (old, new)] == [0, 1]
+
+
+def test_a_version_that_is_served_after_all_is_not_refused_any_more(metrics: ServeMetrics) -> None:
+    metrics.set_refused(["ekiben:2-12345678"])
+    assert value(metrics, "ekiben_version_refused", model="ekiben:2-12345678") == 1
+    metrics.set_refused([])
+    assert value(metrics, "ekiben_version_refused", model="ekiben:2-12345678") == 0
 
 
 def test_lanes_and_stages_begin_at_zero(metrics: ServeMetrics) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from bentos.errors import (
 )
 from bentos.lunchbox import open_lunchbox
 from bentos.manifest import read_manifest, write_manifest
-from bentos.openai import EmbeddingsRequest, EmbeddingsResponse, ModelList, describe_error
+from bentos.openai import EmbeddingsRequest, EmbeddingsResponse, describe_error
 from bentos.parsing import parse_request
 from bentos.render import render
 from bentos.settings import ServeSettings
@@ -50,7 +50,7 @@ def engine(box: Path) -> Engine:
     return Engine(box, read_manifest(box))
 
 
-def ask(box: Path, content: Callable[[Encoder], Any] | None = None, settings: Any = None, **request: Any) -> Any:
+def ask(box: Path, settings: Any = None, **request: Any) -> Any:
     """What a client reads."""
 
     async def main() -> Any:
@@ -58,8 +58,6 @@ def ask(box: Path, content: Callable[[Encoder], Any] | None = None, settings: An
         encoder = Encoder(open_lunchbox(box), limits)
         await encoder.start()
         try:
-            if content is not None:
-                return content(encoder)
             parsed = parse_request(EmbeddingsRequest, json.dumps(request).encode(), limits)
             return await asyncio.wait_for(encoder.openai_embeddings(parsed), 30)
         finally:
@@ -156,22 +154,6 @@ def test_the_token_limit_of_the_server_holds_for_ids_too(box: Path, engine: Engi
     assert caught.value.status == 413
 
 
-def test_another_model_is_refused(box: Path) -> None:
-    with pytest.raises(UnknownModelError, match="'text-embedding-3-small', but ekiben:1-01234567 is served here"):
-        ask(box, input="bread", model="text-embedding-3-small")
-
-
-def test_the_model_is_listed_by_its_name_and_by_its_tag(box: Path) -> None:
-    listed = ask(box, Encoder.list_models)
-    ModelList.model_validate(listed)
-    assert [card["id"] for card in listed["data"]] == ["ekiben", "ekiben:1-01234567"]
-    for card in listed["data"]:
-        assert list(card) == ["id", "object", "created", "owned_by"]
-        assert ask(box, lambda encoder, name=card["id"]: encoder.find_model(name)) == card
-    with pytest.raises(UnknownModelError):
-        ask(box, lambda encoder: encoder.find_model("gpt-4"))
-
-
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -208,7 +190,8 @@ def test_the_official_client_reads_both_encodings(client: openai.OpenAI, tiny_lu
 
 def test_the_official_client_lists_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["ekiben", "ekiben:1-01234567"]
-    assert client.models.retrieve("ekiben:1-01234567").owned_by == "ekiben"
+    card = client.models.retrieve("ekiben:1-01234567")
+    assert (card.owned_by, card.model_extra["model"]) == ("ekiben", card.id)
 
 
 def test_the_official_client_shows_what_is_wrong(client: openai.OpenAI) -> None:

@@ -33,9 +33,10 @@ CHECKS = (  # `all` may mean something else in another version
 
 @pytest.fixture(scope="module")
 def guarded(built_home: Path, manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same Bento with a key."""
+    """The same Bento with a key, which is an admin's as well."""
     folder = tmp_path_factory.mktemp("guarded")
-    with serve(manifest.tag, built_home, folder, LIMITS | {"EKIBEN_API_KEYS": KEY}) as server:
+    keys = {"EKIBEN_API_KEYS": KEY, "EKIBEN_ADMIN_KEYS": KEY}
+    with serve(manifest.tag, built_home, folder, LIMITS | keys) as server:
         yield server
 
 

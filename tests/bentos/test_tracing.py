@@ -27,6 +27,7 @@ from bentos.lunchbox import open_lunchbox
 from bentos.metrics import ServeMetrics
 from bentos.settings import ServeSettings
 from bentos.tracing import Tracing, check_tracing, open_tracing
+from tests.bentos.shelves import make_shelf
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ON = ServeSettings(tracing="otlp")
@@ -147,10 +148,11 @@ def test_a_request_through_the_server_is_read_embedded_and_responded(
     async def main() -> None:
         encoder = Encoder(open_lunchbox(tiny_lunchbox_path), ON, metrics)
         await encoder.start()
+        shelf = make_shelf(encoder)
         app = Frontend(
             inner,
             known_paths={"/encode", "/livez"},
-            get_encoder=lambda: encoder,
+            get_shelf=lambda: shelf,
             settings=ON,
             keys=ApiKeys(ON),
             metrics=metrics,

@@ -333,6 +333,35 @@ def test_what_made_the_values_is_named(open_page: Open, manifest: Manifest) -> N
         expect(page.locator("#wayback dd").filter(has_text=re.compile(f"^{re.escape(fact)}$"))).to_have_count(1)
 
 
+def test_an_answer_is_named_by_what_it_says_of_itself_whatever_was_served_before(
+    open_page: Open, manifest: Manifest
+) -> None:
+    page = open_page()
+
+    def answer(route: Route) -> None:
+        answered = route.fetch()
+        headers = {**answered.headers, "x-ekiben-space": "f" * 16}
+        route.fulfill(response=answered, headers=headers, json=answered.json() | {"model": "ekiben:7-feedbeef"})
+
+    page.route("**/similarity", answer)
+    compare(page, TEXTS[:2])
+    facts = page.locator("#wayback dd")
+    for fact, count in (("ekiben:7-feedbeef", 1), ("f" * 16, 1), (manifest.run_id, 0), (manifest.space_id, 0)):
+        expect(facts.filter(has_text=re.compile(f"^{re.escape(fact)}$"))).to_have_count(count)
+
+
+def test_the_dimensions_that_the_model_was_trained_for_are_offered(open_page: Open) -> None:
+    def health(route: Route) -> None:
+        answered = route.fetch()
+        told = {"nested_dims": [8, 24], "allow_truncated_dimensions": False}
+        route.fulfill(response=answered, json=answered.json() | told)
+
+    page = open_page()
+    page.route("**/health", health)
+    page.reload()
+    expect(page.locator("#dimensions option")).to_have_text(["all 32", "24", "8"])
+
+
 # --- the code that is shown
 
 

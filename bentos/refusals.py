@@ -1,0 +1,108 @@
+"""Which versions were refused, why, and when they may be tried again: known to all workers of the server."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from bentos.crew import STATE, Crew
+
+FILE = "refusals"
+FIRST_WAIT_S = 30.0
+LONGEST_WAIT_S = 1800.0
+DIED = "a worker died, or was ended, while it was being loaded"
+
+
+class Refusal(BaseModel):
+    """Why a version is not served."""
+
+    model_config = STATE
+
+    reason: str
+    refused_at: str = Field(description="ISO 8601, UTC.")
+    fingerprint: str = Field(description="Of its files; when it changes, the version may be tried at once.")
+    attempts: int = 1
+    under_way: str | None = Field(None, description="Process that is trying it: until that dies it is not refused.")
+    next_try: float = Field(description="Not before this, by `time.monotonic()`, unless the files change.")
+
+
+class _Refusals(BaseModel):
+    model_config = STATE
+
+    by_tag: dict[str, Refusal] = Field(default_factory=dict)
+
+
+class Refusals:
+    """The versions that were refused, in a file of the crew's folder."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    def read(self) -> dict[str, Refusal]:
+        """Every refused version by its tag; those that are being tried are not."""
+        return {
+            tag: refusal
+            for tag, refusal in self._recall().items()
+            if refusal.under_way is None or not self._crew.is_alive(refusal.under_way)
+        }
+
+    def _recall(self) -> dict[str, Refusal]:
+        return (self._crew.recall(FILE, _Refusals) or _Refusals()).by_tag
+
+    def begin(self, tag: str, fingerprint: str) -> None:
+        """Before a version is tried: should that kill the process, the next one must not try it again at once."""
+        self._note(tag, DIED, fingerprint, self._crew.me)
+
+    def refuse(self, tag: str, reason: str, fingerprint: str) -> Refusal:
+        """Take note of a version that is not served; each time in a row it has to wait twice as long as before."""
+        return self._note(tag, reason, fingerprint, None)
+
+    def _note(self, tag: str, reason: str, fingerprint: str, under_way: str | None) -> Refusal:
+        known = self._recall()
+        attempts, before = 1, known.get(tag)
+        if before is not None and before.fingerprint == fingerprint:
+            attempts = before.attempts + (before.under_way is None)  # `begin` has counted it
+        wait_s = min(FIRST_WAIT_S * 2 ** (attempts - 1), LONGEST_WAIT_S)
+        refusal = Refusal(
+            reason=reason,
+            refused_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            fingerprint=fingerprint,
+            attempts=attempts,
+            under_way=under_way,
+            next_try=time.monotonic() + wait_s,
+        )
+        self._write({**known, tag: refusal})
+        return refusal
+
+    def forgive(self, tag: str) -> None:
+        """Take note of a version that is served now."""
+        refused = self._recall()
+        if refused.pop(tag, None) is not None:
+            self._write(refused)
+
+    def must_wait(self, tag: str, fingerprint: str) -> Refusal | None:
+        """The refusal of a version that has not changed since, and was tried not long ago; else None."""
+        refusal = self.read().get(tag)
+        if refusal is None or refusal.fingerprint != fingerprint or time.monotonic() >= refusal.next_try:
+            return None
+        return refusal
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What GET /models/info says of them."""
+        now = time.monotonic()
+        return [
+            {
+                "model": tag,
+                "reason": refusal.reason,
+                "refused_at": refusal.refused_at,
+                "attempts": refusal.attempts,
+                "next_try_s": round(max(refusal.next_try - now, 0.0)),
+            }
+            for tag, refusal in self.read().items()
+        ]
+
+    def _write(self, by_tag: dict[str, Refusal]) -> None:
+        self._crew.keep(FILE, _Refusals(by_tag=by_tag))
