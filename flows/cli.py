@@ -1,7 +1,8 @@
 """The `ekiben` command: the flows, on a terminal.
 
 What people read goes to standard error; standard output holds the tables that were asked for, and with `--json` its
-last line is one JSON object. Exit codes: 0 done, 1 failed, 2 bad input, 3 the release was refused, 130 interrupted.
+last line is one JSON object. Exit codes: 0 done, 1 failed, 2 bad input, 3 the release was refused, 4 another release
+was at work or quicker, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+import flows.cli_lineage
+import flows.cli_releases  # noqa: F401 - both bring commands
 from flows import screens
 from flows.command import (
     SAMPLE,
@@ -26,14 +29,13 @@ from flows.command import (
     RunOptions,
     app,
     command,
-    output,
     print_json,
     starting_prefect,
     terminal,
     where,
 )
 from flows.core.dataset import read_data
-from flows.core.lineage import Lineage, trace_all, trace_champion, trace_version
+from flows.core.lineage import Lineage, trace_champion, trace_version
 from flows.core.packing import bento_exists
 from flows.core.serving import check_port, local_url, passing_signals, served_bento, wait_for_end, wait_ready
 from flows.core.tracking import open_tracker
@@ -104,24 +106,6 @@ def tune(options: RunOptions) -> None:
 
 
 @command(RunOptions)
-def release(
-    options: RunOptions,
-    run: Annotated[
-        str | None, typer.Option(help="MLflow run or version to release; default: the best on its data.")
-    ] = None,
-) -> None:
-    """Put a trained model through the gates and into a Bento, and make it the champion."""
-    settings = options.settings()
-    params = options.load()
-    with starting_prefect():
-        from flows.release import release as release_flow
-    result = release_flow(run=run, release=params.release)
-    released = trace_version(open_tracker(settings), result.version)
-    terminal.print(screens.released(released, settings), soft_wrap=True)
-    print_json(options, result.model_dump() | released.as_json())
-
-
-@command(RunOptions)
 def pipeline(options: RunOptions) -> None:
     """Tune, then release the winner."""
     settings = options.settings()
@@ -134,27 +118,6 @@ def pipeline(options: RunOptions) -> None:
     released = trace_version(open_tracker(settings), result.release.version)
     terminal.print(screens.released(released, settings), soft_wrap=True)
     print_json(options, result.tune.model_dump() | result.release.model_dump() | released.as_json())
-
-
-@command(Options)
-def status(
-    options: Options,
-    version: Annotated[
-        str | None,
-        typer.Option(help="Version, alias, run, Bento tag or X-Ekiben-Model header: its way back to data and code."),
-    ] = None,
-) -> None:
-    """Show what is released, and where a version comes from."""
-    settings = options.settings()
-    tracker = open_tracker(settings)
-    if version is not None:
-        found = trace_version(tracker, version)
-        output.print(screens.lineage(found, settings), soft_wrap=True)
-        print_json(options, found.as_json())
-        return
-    versions = trace_all(tracker)
-    output.print(screens.versions(versions, settings), soft_wrap=True)
-    print_json(options, {"versions": [found.as_json() for found in versions]} | where(settings))
 
 
 @command(Options)

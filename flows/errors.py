@@ -9,8 +9,9 @@ EkibenError                  one line for the user: found, allowed, cure
 │   ├── UnsupportedModelError  a model with parts that a lunchbox cannot hold
 │   └── NothingReleasedError a version that does not exist (yet)
 ├── SmokeTestError           exit code 1: the built Bento did not answer as it must
-└── ReleaseRefusedError      exit code 3: a gate said no; nothing was changed
-    └── CertificationError   the exported model does not equal the trained one
+├── ReleaseRefusedError      exit code 3: a gate said no; nothing was changed
+│   └── CertificationError   the exported model does not equal the trained one
+└── ReleaseRaceError         exit code 4: another release is at work, or was quicker; nothing was changed
 
 `one_line` and `hide_password` are for quoting the errors of others in ours.
 """
@@ -70,6 +71,12 @@ class ReleaseRefusedError(EkibenError):
 
 class CertificationError(ReleaseRefusedError):
     """The exported model's vectors differ from those of sentence-transformers, or depend on their batch mates."""
+
+
+class ReleaseRaceError(EkibenError):
+    """Another release or rollback is at work, or was quicker: the champion is not the one that this one looked at."""
+
+    exit_code = 4
 
 
 def one_line(error: BaseException) -> str:

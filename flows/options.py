@@ -78,7 +78,7 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
     keys = path.strip().split(".")
     if not separator or len(keys) < 2 or not all(keys):
         raise ParamsError(f"--set takes section.key=value, e.g. train.steps=120; found {assignment!r}")
-    _put(raw, keys, _text(text) if _is_text(keys) else _value(path, text), source=f"--set {path}")
+    _put(raw, keys, _text(text) if is_text(keys) else _value(path, text), source=f"--set {path}")
 
 
 def _put(raw: dict[str, Any], keys: Sequence[str], value: object, *, source: str) -> None:
@@ -91,7 +91,7 @@ def _put(raw: dict[str, Any], keys: Sequence[str], value: object, *, source: str
     branch[keys[-1]] = value
 
 
-def _is_text(keys: Sequence[str]) -> bool:
+def is_text(keys: Sequence[str]) -> bool:
     """Whether the parameter is a text, which is taken as it stands: a template's braces are YAML, a commit a number."""
     field, *rest = keys
     kind: Any = Params.model_fields[field].annotation if field in Params.model_fields else None

@@ -6,7 +6,7 @@ MLflow, and docs/configuration.md. Where a run happens (addresses, folders) is i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -211,7 +211,9 @@ class SearchSpace(Section):
 class TuneParams(Section):
     """The budget and the space of the study."""
 
-    trials: int = Field(6, ge=1, le=10_000, description="Finished trials at which the study ends.")
+    trials: int = Field(
+        6, ge=1, le=10_000, description="Trials, finished or given up as hopeless, at which the study ends."
+    )
     minutes: float = Field(
         4.0,
         gt=0,
@@ -226,28 +228,46 @@ class TuneParams(Section):
     )
     costs: list[CostName] = Field(
         default=["p95_ms", "bytes_per_vector"],
-        description="Costs that are minimised beside the dev metric, measured on the exported model on this machine: "
-        "`p95_ms` of one short text alone, `bytes_per_vector` (float32), `memory_mb` of model and runtime.",
+        description="Costs that are minimised beside the dev metric, measured on the exported model on this machine "
+        "before it is trained: `p95_ms`, milliseconds of one core for a text of dev alone, 95th percentile; "
+        "`bytes_per_vector` (float32); `memory_mb`, MiB of a process with model and runtime. `[]`: quality alone, "
+        "nothing is measured.",
     )
-    max_p95_ms: float | None = Field(None, gt=0, description="Budget: a slower model is infeasible.")
-    max_bytes_per_vector: int | None = Field(None, gt=0, description="Budget: a larger vector is infeasible.")
-    max_memory_mb: float | None = Field(None, gt=0, description="Budget: a larger model is infeasible.")
+    max_p95_ms: float | None = Field(
+        None, gt=0, description="Limit of cost: a slower model is infeasible, so it is never trained."
+    )
+    max_bytes_per_vector: int | None = Field(
+        None, gt=0, description="Limit of cost: a model with larger vectors is infeasible."
+    )
+    max_memory_mb: float | None = Field(None, gt=0, description="Limit of cost: a larger model is infeasible.")
     policy: str = Field(
         "best-quality",
         pattern=r"^(best-quality|knee|cheapest-within \d+(\.\d+)?|trial \d+)$",
-        description="Which point of the front becomes the candidate: `best-quality`; `cheapest-within PCT`, the "
-        "cheapest whose dev metric is at most PCT percent below the best; `knee`, where more quality begins to cost "
-        "much; `trial N`.",
+        description="Which trial becomes the candidate: `best-quality`; `cheapest-within PCT`, the cheapest whose dev "
+        "metric is at most PCT percent below the best; `knee`, where more quality begins to cost much; `trial N` of a "
+        "study that has been run, which ends it. Another policy on the same study trains nothing again.",
     )
     pruning_checks: int = Field(
         2,
         ge=0,
         le=20,
-        description="How many times a trial is scored on dev before its end; one that is clearly behind all that are "
-        "as cheap ends there. 0: none.",
+        description="How many times a trial is scored on a part of dev before its end; one that is clearly behind the "
+        "median of those that are as cheap is given up there. 0: never.",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampler.")
     space: SearchSpace = Field(default_factory=SearchSpace, description="What may be chosen.")
+
+    @property
+    def cost_limits(self) -> dict[str, float]:
+        """Cost -> the most that is allowed, for those that have a limit."""
+        limits = {name: getattr(self, f"max_{name}") for name in get_args(CostName)}
+        return {name: float(limit) for name, limit in limits.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _costs_once(self) -> TuneParams:
+        if len(set(self.costs)) < len(self.costs):
+            raise ValueError(f"costs names one twice: {', '.join(self.costs)}")
+        return self
 
 
 class ReleaseParams(Section):
@@ -273,11 +293,15 @@ class ReleaseParams(Section):
     slices: list[str] = Field(
         default_factory=lambda: ["length"],
         description="Parts of the test rows that are looked at apart: `length` (short, medium, long), `language` "
-        "(found by the text), or columns kept by `data.slice_columns`.",
+        "(found by the text, a guess when it is short), or columns kept by `data.slice_columns`.",
     )
     slice_min_rows: int = Field(30, ge=2, description="Smaller slices are shown, not judged.")
     slice_max_drop: float = Field(
-        0.02, ge=0, le=2, description="A slice may lose this much of the champion's metric, or of the base model's."
+        0.02,
+        ge=0,
+        le=2,
+        description="A slice may lose this much of the champion's metric (of the base model's when there is none). It "
+        "refuses only when the loss is certain: when the whole interval, widened for the number of slices, is beyond.",
     )
     slice_floors: dict[str, float] = Field(
         default_factory=dict, description="Floors of the metric by slice, e.g. `{language=de: 0.7}`."
@@ -306,14 +330,25 @@ class ReleaseParams(Section):
         "any", description="Worst relation to the champion's space that is let pass."
     )
     compat_min_recall: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Recall@10 of new queries on old vectors, where the old model's own queries find all, at least: as "
+        "they are for `compatible`, mapped for `adapter`. A model that was trained further and rebuilt its index finds "
+        "80 to 90 % of what it found before.",
+    )
+    compat_min_ndcg: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="nDCG@10 by the labels (judged documents; pairs scored 0.5 or more) of new queries on old vectors, "
+        "as a share of what the old model's own queries reach, at least.",
+    )
+    compat_min_cosine: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="Recall@10 of new queries on old vectors, as a share of what the old model's own queries find, at "
-        "least: as they are for `compatible`, mapped for `adapter`.",
-    )
-    compat_min_cosine: float = Field(
-        0.9, gt=0, le=1, description="Mean cosine of the old and the new vector of the same text, at least."
+        description="Mean cosine of the old and the new vector of the same text, at least, as they are or mapped.",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "auto",

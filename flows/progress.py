@@ -62,9 +62,13 @@ def _describe(title: str, progress: FitProgress) -> str:
     speed = progress.step / progress.elapsed_s if progress.elapsed_s > 0 else 0.0
     left_s = (progress.steps - progress.step) / speed if speed else 0.0
     return (
-        f"{title}: step {progress.step} of {progress.steps}, {speed:.2f} steps/s, about {left_s:.0f} s left, "
-        f"loss {progress.loss:.4f}"
+        f"{_name(title, progress)}: step {progress.step} of {progress.steps}, {speed:.2f} steps/s, "
+        f"about {left_s:.0f} s left, loss {progress.loss:.4f}"
     )
+
+
+def _name(title: str, progress: FitProgress) -> str:
+    return f"{title}, distilling" if progress.distilling else title
 
 
 class _Bar:
@@ -75,6 +79,7 @@ class _Bar:
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._lines = 0
+        self._distilling = False
         if _terminal is not None and _terminal.is_terminal:
             self._live = Progress(
                 TextColumn("  {task.description}"),
@@ -89,11 +94,14 @@ class _Bar:
             self._live.start()
 
     def show(self, progress: FitProgress) -> None:
+        if progress.distilling != self._distilling:  # the steps count anew
+            self._distilling, self._lines = progress.distilling, 0
         if self._live is not None:
             loss = f"loss {progress.loss:.4f}"
+            name = _name(self._title, progress)
             if self._task is None:
-                self._task = self._live.add_task(self._title, total=progress.steps, loss=loss)
-            self._live.update(self._task, completed=progress.step, loss=loss)
+                self._task = self._live.add_task(name, total=progress.steps, loss=loss)
+            self._live.update(self._task, completed=progress.step, total=progress.steps, description=name, loss=loss)
         elif _terminal is not None and progress.step * PLAIN_LINES // progress.steps > self._lines:
             self._lines = progress.step * PLAIN_LINES // progress.steps
             _terminal.print(f"  {_describe(self._title, progress)}", highlight=False, markup=False, soft_wrap=True)

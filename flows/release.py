@@ -1,34 +1,45 @@
-"""@flow release: best run > export > certify > int8 > gates > lunchbox > Bento > smoke test > champion.
+"""@flow release: best run > cheap gates > lunchbox > relation to the champion's space > Bento > gates > champion.
 
-Until the last step nothing that anybody uses has changed: a refusal or a crash leaves the old champion serving, and the
-same command may be given again.
+A release works beside what is served: it packs into the home folder, builds and measures in a BentoML home of its own,
+and brings into the real stores only what has passed every gate. Until the last write to the registry the old champion
+stands; killed anywhere and given again, the command ends in the same state. One release or rollback is at work at a
+time, and none takes the place of a champion that it was not compared with.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
-import tempfile
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import replace
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
-from bentos.manifest import Calibration, DataVersion, Manifest, name_release
-from flows.core.gates import Report, run_gates
-from flows.core.lineage import Lineage, trace_version
-from flows.core.lunchbox import ReleaseFacts, pack_lunchbox, read_certificate
-from flows.core.packing import bento_exists, build_bento, is_stored, remove_bento, smoke_test, store_model
+from bentos.errors import LunchboxError
+from bentos.manifest import Manifest, read_manifest
+from flows.core.compat import PROBE_FILE, compare_spaces
+from flows.core.evidence import Evidence, gather_evidence
+from flows.core.folders import scratch_folder
+from flows.core.gates import run_gates
+from flows.core.heldout import EVALUATION_FOLDER, read_test
+from flows.core.lineage import trace_version
+from flows.core.lunchbox import attach_compat, finish_card, pack_lunchbox
+from flows.core.measuring import Serving, measure_bentos
+from flows.core.packing import install, stage_bento
 from flows.core.precision import Int8Trial
-from flows.core.tracking import RunRecord, Tracker, open_tracker
-from flows.errors import ReleaseRefusedError
+from flows.core.promotion import carry_out
+from flows.core.receipts import keep_refusal, keep_release, read_serving
+from flows.core.release_job import Job, open_job
+from flows.core.release_lock import ReleaseLock
+from flows.core.tracking import open_tracker
+from flows.core.verdicts import Report, Verdict
+from flows.errors import CertificationError, EkibenError, ReleaseRefusedError, one_line
 from flows.params import ReleaseParams
 from flows.progress import say
-from flows.settings import PROJECT_ROOT, FlowSettings, export_environment, load_settings
-from flows.stages import CALIBRATION_FILE, EVALUATION_FOLDER, OWN_TEXTS_FILE, read_test
+from flows.settings import PROJECT_ROOT, export_environment, load_settings
+from flows.stages import OWN_TEXTS_FILE
 
 
 class ReleaseResult(BaseModel):
@@ -38,150 +49,188 @@ class ReleaseResult(BaseModel):
     run_id: str
     bento_tag: str
     space_id: str
-    unchanged: bool  # it was the champion already
+    alias: str  # that it has now; empty after a dry run
+    replaces: str  # version that was champion before; empty: none
+    compat: str  # class of its space against that version's; empty: none
+    unchanged: bool  # it was released just so already
     gates: list[dict[str, str]]
     metrics: dict[str, float]  # serve/*: measured on the built Bento; empty when unchanged
 
 
 @flow(name="release")
-def release(run: str | None = None, release: ReleaseParams = ReleaseParams()) -> ReleaseResult:  # noqa: B008 - frozen
+def release(
+    run: str | None = None,
+    release: ReleaseParams = ReleaseParams(),  # noqa: B008 - frozen; Prefect shows it as the form's default
+    dry_run: bool = False,
+) -> ReleaseResult:
     """Put a registered model through the gates and into a Bento, and make it the champion.
 
-    `run` is an MLflow run or a version; without it, the best version on the data of the newest one.
+    `run` is an MLflow run or a version; without it, the best version on the data of the newest one. A dry run asks all
+    gates and leaves nothing behind.
     """
     settings = load_settings()
     export_environment(settings)
     tracker = open_tracker(settings)
     candidate = trace_version(tracker, tracker.best_version().version if run is None else run)
-    version = candidate.version
-    record = tracker.find_run(candidate.run_id)
-    say(f"[release] version {version}, run {candidate.run_id}")
+    say(f"[release] version {candidate.version}, run {candidate.run_id}{', a dry run' if dry_run else ''}")
+    with ExitStack() as stack:
+        lock = None if dry_run else stack.enter_context(ReleaseLock(tracker, f"release of version {candidate.version}"))
+        scratch = stack.enter_context(scratch_folder(settings.staging_path, "release"))
+        job = open_job(tracker, settings, release, candidate, scratch, lock)
+        for note in job.notes:
+            say(f"[release] {note}")
+        return prove_and_promote(job)
 
-    report = judge(record, release, version)  # what is known without an export: a refusal costs nothing
-    box = settings.lunchboxes_path / name_release(version, candidate.run_id)
-    manifest = pack(tracker, candidate, record, settings, release, report, box)
-    report = judge(record, release, version, box)
-    released = candidate.is_champion and candidate.bento_tag == manifest.tag and bento_exists(manifest.tag)
-    unchanged = released and is_stored(manifest)
-    measured = {} if unchanged else build_and_test(manifest, box, settings)
-    if unchanged:
-        say(f"[release] {manifest.tag} is the champion already")
-    else:
-        promote(tracker, candidate, manifest, report, measured, box)
-    return ReleaseResult(
-        version=version,
-        run_id=candidate.run_id,
-        bento_tag=manifest.tag,
-        space_id=manifest.space_id,
-        unchanged=unchanged,
-        gates=report.to_rows(),
-        metrics=measured,
-    )
+
+def prove_and_promote(job: Job) -> ReleaseResult:
+    """Go from step to step; what a step writes, a later call finds done or does again."""
+    evidence = gather(job)
+    judge(job, evidence, last=False)  # what is known without an export: a refusal costs nothing
+    manifest = pack(job, evidence)
+    if job.is_released(manifest):
+        serving, rival = read_serving(job.tracker, job.run.run_id)
+        evidence = evidence.add(box=job.box, compat=manifest.compat, serving=serving, champion_serving=rival)
+        report = judge(job, evidence)
+        if job.lock is not None:
+            promote(job, manifest)
+        return _result(job, manifest, report, unchanged=True)
+    manifest = relate(job, manifest)
+    evidence = evidence.add(box=job.box, compat=manifest.compat)
+    judge(job, evidence, last=False)
+    serving, rival = measure(job, manifest)
+    report = judge(job, evidence.add(serving=serving, champion_serving=rival))
+    if job.lock is not None:
+        manifest = settle(job, manifest, report, serving, rival)
+        promote(job, manifest)
+    return _result(job, manifest, report, serving=serving)
 
 
 @task(cache_policy=NO_CACHE)
-def judge(run: RunRecord, params: ReleaseParams, version: str, box: Path | None = None) -> Report:
-    """Ask the gates; the certificate's ones join in once there is a box.
+def gather(job: Job) -> Evidence:
+    """Read what the run kept, and let the champion embed the same test rows."""
+    job.tracker.download_artifact(job.run.run_id, EVALUATION_FOLDER, job.scratch)
+    return gather_evidence(job.run, job.params, evaluation=job.evaluation, champion=job.champion)
+
+
+@task(cache_policy=NO_CACHE)
+def judge(job: Job, evidence: Evidence, *, last: bool = True) -> Report:
+    """Ask the gates; the verdicts are shown when they are the last ones, or refuse.
 
     Raises:
-        ReleaseRefusedError: with every reason and what would change it.
+        ReleaseRefusedError: with every reason and what would change it; the refusal is on record.
     """
-    undefined = [name for name in run.tags.get("undefined_metrics", "").split(", ") if name]
-    report = run_gates(
-        run.metrics | dict.fromkeys(undefined, math.nan),
-        params,
-        candidate=f"version {version}",
-        certificate=None if box is None else read_certificate(box),
-    )
-    if box is not None or not report.passed:
-        create_markdown_artifact(report.to_markdown(), key="gates", description=f"Gates of version {version}")
-        for row in report.to_rows():
-            say(f"[gates] {row['gate']}: {row['verdict']}, {row['reason']}")
+    report = run_gates(evidence, candidate=job.name)
+    if last or not report.passed:
+        _show(job, report)
     if not report.passed:
-        raise ReleaseRefusedError(report.refusal)
+        raise _refuse(job, report)
     return report
 
 
 @task(cache_policy=NO_CACHE)
-def pack(
-    tracker: Tracker,
-    candidate: Lineage,
-    run: RunRecord,
-    settings: FlowSettings,
-    params: ReleaseParams,
-    report: Report,
-    box: Path,
-) -> Manifest:
+def pack(job: Job, evidence: Evidence) -> Manifest:
     """Export, certify, try int8 and pack the lunchbox, or find it packed by an earlier call."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model = tracker.download_model(run.run_id, Path(scratch) / "model")
-        evaluation = tracker.download_artifact(run.run_id, EVALUATION_FOLDER, Path(scratch))
-        calibration = json.loads((evaluation / CALIBRATION_FILE).read_text(encoding="utf-8"))
-        facts = ReleaseFacts(
-            name=settings.model_name,
-            version=candidate.version,
-            run_id=run.run_id,
-            data=DataVersion(path=candidate.data_path, md5=candidate.data_md5, revision=candidate.data_rev or None),
-            base_model=candidate.base_model,
-            git_commit=candidate.git_commit or None,
-            lock_sha256=candidate.lock_sha256 or None,
-            metrics=run.metrics,
-            params={name: value for name, value in run.params.items() if name.startswith("train.")},
-            calibration=Calibration.model_validate(calibration) if calibration else None,
-            decision_threshold=run.metrics.get("decision_threshold"),
-            report=report,
-        )
-        say("[pack] exporting to ONNX and comparing with sentence-transformers")
-        own_texts = json.loads((evaluation / OWN_TEXTS_FILE).read_text(encoding="utf-8"))
-        int8 = None if params.precision == "fp32" else Int8Trial(params, read_test(evaluation, run.metrics))
-        return pack_lunchbox(model, box, facts, min_cosine=params.min_cosine, extra_texts=own_texts, int8=int8)
-
-
-@task(cache_policy=NO_CACHE)
-def build_and_test(manifest: Manifest, box: Path, settings: FlowSettings) -> dict[str, float]:
-    """Build the Bento and ask it over HTTP; one that fails is removed, so that `latest` never means it."""
-    store_model(box, manifest)
-    is_new = not bento_exists(manifest.tag)
-    tag = build_bento(manifest, root=PROJECT_ROOT)
-    say(f"[pack] built {tag}; starting it for a test")
+    report = run_gates(evidence, candidate=job.name)
+    model = job.tracker.download_model(job.run.run_id, job.scratch / "model")
+    own_texts = json.loads((job.evaluation / OWN_TEXTS_FILE).read_text(encoding="utf-8"))
+    int8 = None
+    if job.params.precision != "fp32":
+        int8 = Int8Trial(job.params, read_test(job.evaluation, job.run.metrics))
+    say("[pack] exporting to ONNX and comparing with sentence-transformers")
     try:
-        measured = smoke_test(tag, manifest, log=settings.home_path / "smoke.log")
-    except BaseException:
-        if is_new:
-            remove_bento(tag)
-        raise
-    say(
-        f"[pack] {tag} answers: p95 {measured['serve/p95_ms']:.1f} ms for one short text, "
-        f"{measured['serve/texts_per_s']:.0f} texts/s, {measured['serve/rss_mb']:.0f} MiB"
-    )
-    return measured
+        facts = job.facts(report)
+        return pack_lunchbox(model, job.box, facts, min_cosine=job.params.min_cosine, extra_texts=own_texts, int8=int8)
+    except CertificationError as error:
+        cure = "export again; if it stays so, choose another base model"
+        verdict = Verdict("certificate", None, job.params.min_cosine, False, str(error), cure)
+        refused = replace(report, verdicts=(*report.verdicts, verdict))
+        _show(job, refused)
+        raise _refuse(job, refused) from error
 
 
 @task(cache_policy=NO_CACHE)
-def promote(
-    tracker: Tracker, candidate: Lineage, manifest: Manifest, report: Report, measured: dict[str, float], box: Path
-) -> None:
-    """Write what the Bento proved to its run, then tags, then the aliases: `champion` is the very last write."""
-    tracker.log_metrics(candidate.run_id, measured)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "gates.md").write_text(report.to_markdown(), encoding="utf-8")
-        for path in box.iterdir():
-            if path.suffix != ".onnx":  # large, and in the Bento
-                shutil.copy(path, folder)
-        tracker.log_folder(candidate.run_id, folder, to="release")
-    tracker.promote(
-        candidate.version,
-        tags={
-            "bento_tag": manifest.tag,
-            "space_id": manifest.space_id,
-            "run_id": candidate.run_id,
-            "data_path": candidate.data_path,
-            "data_md5": candidate.data_md5,
-            "data_rev": candidate.data_rev,
-            "git_commit": candidate.git_commit,
-            "lock_sha256": candidate.lock_sha256,
-            "base_model": candidate.base_model,
-        },
+def relate(job: Job, manifest: Manifest) -> Manifest:
+    """Compare the candidate's space with the champion's; the map into it ships when it has proven itself."""
+    relations = []
+    for rival in (*([job.champion] if job.champion else []), *job.earlier):
+        compat, adapter = compare_spaces(job.box, rival, job.evaluation / PROBE_FILE, job.params)
+        say(f"[compat] {compat.kind} with {compat.tag}: {compat.reason}")
+        relations.append((compat, adapter))
+    if not relations:
+        return attach_compat(job.box, manifest, None, None)
+    (compat, adapter), *earlier = relations
+    return attach_compat(job.box, manifest, compat, adapter, earlier=earlier)
+
+
+@task(cache_policy=NO_CACHE)
+def measure(job: Job, manifest: Manifest) -> tuple[Serving, Serving | None]:
+    """Build the Bento in a store of its own, serve it beside the champion's, check its answers and measure both."""
+    candidate = (stage_bento(job.box, manifest, root=PROJECT_ROOT, home=job.staging), manifest)
+    rival = None
+    if job.champion is not None:
+        theirs = read_manifest(job.champion.box)
+        try:
+            rival = (stage_bento(job.champion.box, theirs, root=PROJECT_ROOT, home=job.staging), theirs)
+        except (EkibenError, LunchboxError) as error:
+            say(f"[pack] {theirs.tag} cannot be measured beside it: {one_line(error)}")
+    say(f"[pack] built {manifest.tag}; starting it for a test")
+    log = job.settings.home_path / "smoke.log"
+    serving, champion_serving = measure_bentos(candidate, rival, log=log, home=job.staging)
+    say(
+        f"[pack] {manifest.tag} answers: p95 {serving.p95_ms:.1f} ms for one short text, "
+        f"{serving.texts_per_s:.0f} texts/s, {serving.memory_mb:.0f} MiB"
     )
-    say(f"[release] {manifest.tag} is the champion")
+    return serving, champion_serving
+
+
+@task(cache_policy=NO_CACHE)
+def settle(job: Job, manifest: Manifest, report: Report, serving: Serving, rival: Serving | None) -> Manifest:
+    """Finish the card, bring box and Bento into the stores that are served from, and write all to the run."""
+    if job.lock is not None:
+        job.lock.check()
+    manifest = finish_card(job.box, manifest, report, serving)
+    install(job.box, manifest, staged=job.staging)
+    keep_release(job.tracker, job.run.run_id, job.box, report, serving, rival)
+    return manifest
+
+
+@task(cache_policy=NO_CACHE)
+def promote(job: Job, manifest: Manifest) -> None:
+    """Write the tags, then the aliases: what servers follow is the very last write to the registry."""
+    assert job.lock is not None
+    home = job.settings.bento_store_path
+    carry_out(job.tracker, job.lock, job.act(manifest), tags=job.tags(manifest), previous=job.replaces, home=home)
+    say(f"[release] {manifest.tag} is the {job.params.alias}")
+
+
+def _show(job: Job, report: Report) -> None:
+    create_markdown_artifact(report.to_markdown(), key="gates", description=f"Gates of {job.name}")
+    for row in report.to_rows():
+        say(f"[gates] {row['gate']}: {row['verdict']}, {row['reason']}")
+
+
+def _refuse(job: Job, report: Report) -> ReleaseRefusedError:
+    """Put a refusal on record, unless it is a dry run; the champion stays as it is."""
+    if job.lock is not None:
+        job.lock.check()
+        keep_refusal(job.tracker, job.release, report, job.replaces)
+    return ReleaseRefusedError(report.refusal)
+
+
+def _result(
+    job: Job, manifest: Manifest, report: Report, *, serving: Serving | None = None, unchanged: bool = False
+) -> ReleaseResult:
+    if unchanged:
+        say(f"[release] {manifest.tag} is the {job.params.alias} already")
+    return ReleaseResult(
+        version=job.candidate.version,
+        run_id=job.candidate.run_id,
+        bento_tag=manifest.tag,
+        space_id=manifest.space_id,
+        alias="" if job.lock is None else job.params.alias,
+        replaces=job.replaces,
+        compat=manifest.compat.kind if manifest.compat is not None else "",
+        unchanged=unchanged,
+        gates=report.to_rows(),
+        metrics={} if serving is None else serving.as_metrics(),
+    )

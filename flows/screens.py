@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from flows.core.front_text import picture_lines, table_lines
 from flows.core.lineage import Lineage
 from flows.core.serving import local_url
 from flows.settings import FlowSettings
 
 if TYPE_CHECKING:
+    from flows.release import ReleaseResult
+    from flows.rollback import RollbackResult
     from flows.train import TrainResult
     from flows.tune import TuneResult
 
@@ -33,22 +36,62 @@ def trained(result: TrainResult, settings: FlowSettings) -> Text:
 
 
 def tuned(result: TuneResult, settings: FlowSettings) -> Text:
-    """The end of `ekiben tune`: the best parameters and what they give."""
+    """The end of `ekiben tune`: the front, the trial that was taken from it, and what that gives."""
     best = ", ".join(f"{name} {_value(value)}" for name, value in result.best_params.items())
+    given_up = f", {result.hopeless_trials} given up as hopeless" if result.hopeless_trials else ""
     facts = {
-        "study": f"{result.study}, {result.finished_trials} finished trials, ended by {result.ended_by}",
-        "best": best,
+        "study": f"{result.study}, {result.finished_trials} finished trials{given_up}, ended by {result.ended_by}",
+        "taken": f"trial {result.trial}, by tune.policy={result.policy}",
+        "parameters": best,
         "MLflow run": f"{result.run_id} in {settings.mlflow_uri}",
     }
-    return _screen(
-        f"Tuned: version {result.version}", _facts(facts), _scores(result.metrics), _next_steps(result, settings)
-    )
+    blocks = [_facts(facts)]
+    if result.costs and len(result.trials) > 1:
+        shown = [row for row in result.trials if row["front"] or row["taken"]]
+        blocks.append(table_lines(shown, result.primary_metric, result.costs, list(result.best_params)))
+        blocks += [picture_lines(result.trials, result.primary_metric, cost) for cost in result.costs[:1]]
+    return _screen(f"Tuned: version {result.version}", *blocks, _scores(result.metrics), _next_steps(result, settings))
 
 
 def released(lineage: Lineage, settings: FlowSettings) -> Text:
     """What was released, and where everything is kept."""
     title = f"Released: {lineage.bento_tag} is the {' and '.join(lineage.aliases) or 'released version'}"
     return _screen(title, _lineage_facts(lineage, settings), _scores(lineage.metrics))
+
+
+def would_release(result: ReleaseResult, settings: FlowSettings) -> Text:
+    """The end of `ekiben release --dry-run`: every gate has passed."""
+    facts = {
+        "version": f"{result.version}, MLflow run {result.run_id} in {settings.mlflow_uri}",
+        "replaces": f"version {result.replaces}" if result.replaces else "nothing: it would be the first",
+        "space": f"{result.space_id}, {result.compat or 'compared with none'}",
+    }
+    rows: list[tuple[str, ...]] = [("gate", "value", "asked")]
+    rows += [(row["gate"], row["value"], row["threshold"]) for row in result.gates]
+    title = f"Would be released: {result.bento_tag} has passed every gate; nothing was changed"
+    return _screen(title, _facts(facts), _align(rows))
+
+
+def rolled_back(result: RollbackResult, settings: FlowSettings) -> Text:
+    """The end of `ekiben rollback`: who serves, and what that means for indexes."""
+    how = "is the champion already" if result.unchanged else f"is the champion again, in place of version {result.left}"
+    facts = {
+        "space": result.space_id,
+        "Bento": f"{result.bento_tag} in {short_path(settings.bento_store_path)}",
+        "MLflow run": f"{result.run_id} in {settings.mlflow_uri}",
+    }
+    indexes = [f"  {match['advice']}" for match in result.indexes] or [
+        "  no index was built with another version since"
+    ]
+    servers = [f"  {url}: {said}" for url, said in result.servers.items()] or [
+        "  those that follow the champion change over by themselves; --server URL tells others"
+    ]
+    return _screen(
+        f"Rolled back: {result.bento_tag} {how}",
+        _facts(facts),
+        ["Indexes:", *indexes],
+        ["Servers:", *servers],
+    )
 
 
 def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log: Path) -> Text:
@@ -76,22 +119,51 @@ def lineage(found: Lineage, settings: FlowSettings) -> Text:
     return _screen(f"Version {found.version}", _lineage_facts(found, settings), _scores(found.metrics))
 
 
-def versions(found: list[Lineage], settings: FlowSettings) -> Text:
-    """`ekiben status`: every version, newest first."""
+def status(found: list[Lineage], holders: Sequence[str], warnings: Sequence[str], settings: FlowSettings) -> Text:
+    """`ekiben status`: every version, newest first, what is at work, and what is not as it should be."""
     if not found:
         return Text(f"nothing is registered yet in {settings.mlflow_uri}; `ekiben up` starts with the sample data")
-    head = ("version", "alias", "metric", "base", "tuned", "created (UTC)", "Bento")
+    head = ("version", "alias", "gates", "metric", "base", "tuned", "space", "", "replaces", "champion since", "Bento")
     rows = [
         (
             item.version,
             ", ".join(item.aliases) or "-",
+            item.verdict or "-",
             item.primary_metric,
             _number(item.base_score),
             _number(item.score),
-            item.created_at[:16].replace("T", " "),
+            item.space_id or "-",
+            item.compat or "-",
+            item.replaces or "-",
+            _minute(item.promoted_at) or "-",
             item.bento_tag or "not released",
         )
         for item in found
+    ]
+    lines = _align([head, *rows])
+    lines += [f"\nat work: {holder}" for holder in holders]
+    if warnings:
+        lines.append("\nnot as it should be on this machine (`ekiben release --run champion` puts it right):")
+        lines += [f"  {warning}" for warning in warnings]
+    return Text("\n".join(lines))
+
+
+def history(acts: Sequence[Mapping[str, Any]], settings: FlowSettings) -> Text:
+    """`ekiben history`: every act, newest first."""
+    if not acts:
+        return Text(f"nothing was released yet in {settings.mlflow_uri}")
+    head = ("time (UTC)", "what", "version", "replaces", "space", "by", "why")
+    rows = [
+        (
+            _minute(act["time"]),
+            act["kind"] if act["done"] else f"{act['kind']}, not carried through",
+            act["version"],
+            act["replaces"] or "-",
+            act["compat"] or "-",
+            act["by"],
+            ", ".join(act["gates"]) or act["reason"] or "-",
+        )
+        for act in acts
     ]
     return Text("\n".join(_align([head, *rows])))
 
@@ -128,7 +200,11 @@ def _lineage_facts(item: Lineage, settings: FlowSettings) -> list[str]:
             "Bento": f"{item.bento_tag} in {short_path(settings.bento_store_path)}"
             if item.bento_tag
             else "not released",
-            "space": item.space_id or "-",
+            "space": f"{item.space_id}, {item.compat} with {item.compat_space_id}"
+            if item.compat
+            else item.space_id or "-",
+            "gates": item.verdict or "not asked",
+            "replaces": f"version {item.replaces}, since {item.promoted_at}" if item.replaces else "-",
             "MLflow run": f"{item.run_id} in {settings.mlflow_uri}",
             "base model": item.base_model,
             "data": f"{item.data_path} (md5 {item.data_md5}{revision})",
@@ -177,6 +253,11 @@ def _program(name: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _minute(time: str) -> str:
+    """An ISO 8601 time to the minute."""
+    return time[:16].replace("T", " ")
 
 
 def _value(value: object) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from bentos.settings import ServeSettings
 from flows.errors import ParamsError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,13 @@ class FlowSettings(BaseSettings):
         None,
         description="Optuna storage URL (any RDB), e.g. `postgresql+psycopg2://...`; default: a journal file at home.",
     )
+    anchor_box: Path | None = Field(
+        None,
+        description="Folder of the lunchbox that `train.anchor_weight` keeps a model near to; default: the champion's.",
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="Key that `ekiben rollback --server` shows: one of the server's EKIBEN_ADMIN_KEYS."
+    )
     bentoml_home: Path | None = Field(
         None,
         validation_alias="BENTOML_HOME",
@@ -44,7 +53,7 @@ class FlowSettings(BaseSettings):
         "works from any folder; with `--home DIR` or `EKIBEN_HOME` it is `DIR/bentoml`.",
     )
 
-    @field_validator("home", "bentoml_home")
+    @field_validator("home", "bentoml_home", "anchor_box")
     @classmethod
     def _expand_user(cls, path: Path | None) -> Path | None:
         try:
@@ -76,6 +85,11 @@ class FlowSettings(BaseSettings):
     def lunchboxes_path(self) -> Path:
         """Where packed lunchboxes wait for the Bento store, one folder a version."""
         return self.home_path / "lunchboxes"
+
+    @property
+    def staging_path(self) -> Path:
+        """Where a release builds and tests, out of the way of what is served."""
+        return self.home_path / "staging"
 
     @property
     def journal_path(self) -> Path:
@@ -117,6 +131,19 @@ class FlowSettings(BaseSettings):
 # On a terminal the `ekiben` command speaks for the flows; Prefect's own lines still reach its API and UI.
 TERMINAL_ENVIRONMENT = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 
+# What a process that works apart must not inherit: our addresses and folders, and a calling git's or make's own.
+STACK_PREFIXES = ("EKIBEN_", "MLFLOW_", "PREFECT_", "BENTOML_")
+CALLERS_OWN = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MFLAGS",
+    "VIRTUAL_ENV",
+)
+
 
 def load_settings(home: Path | None = None) -> FlowSettings:
     """Read the settings; `home`, when given, wins over `EKIBEN_HOME`.
@@ -150,6 +177,40 @@ def export_environment(settings: FlowSettings, *, terminal: bool = False) -> Non
         os.environ["EKIBEN_HOME"] = str(settings.home_path)
     for name, value in (settings.tool_environment() | (TERMINAL_ENVIRONMENT if terminal else {})).items():
         os.environ[name] = os.environ.get(name) or value
+
+
+def apart_environment(home: Path, code: Path, *, anchor_box: Path | None = None) -> dict[str, str]:
+    """Environment for a process that runs the packages in `code` in the home folder `home`, and reaches nothing else.
+
+    It has this process's environment without what leads to our stack (a rebuilt model must not be registered beside
+    the one that it is compared with), and without what a calling `git` or `make` leaves for its own children.
+    """
+    ours = {name: value for name, value in os.environ.items() if not _leads_to_our_stack(name)}
+    # model_construct reads no environment: whatever is set here for our own stack must not come through.
+    apart = FlowSettings.model_construct(home=home, tracking_uri=None, bentoml_home=home / "bentoml").tool_environment()
+    anchor = {} if anchor_box is None else {"EKIBEN_ANCHOR_BOX": str(anchor_box)}
+    return ours | apart | anchor | {"EKIBEN_HOME": str(home), "PYTHONPATH": str(code)}
+
+
+def _leads_to_our_stack(name: str) -> bool:
+    if name == "EKIBEN_OWNER":  # the mark by which the watchdog finds what it must end
+        return False
+    return name.startswith(STACK_PREFIXES) or name in CALLERS_OWN
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process: that of this one, with `changes`."""
+    return {**os.environ, **changes}
+
+
+def default_serving_environment() -> dict[str, str]:
+    """This environment without the settings of a server, for one that is tested and measured.
+
+    One that follows an alias would soon serve another version, one with keys would not answer, one with a cache would
+    be measured at remembering. Where it computes, and with how many threads, stays as it was set for this machine.
+    """
+    dropped = {f"EKIBEN_{name.upper()}" for name in ServeSettings.model_fields} - {"EKIBEN_DEVICE", "EKIBEN_THREADS"}
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 def hand_on(name: str, value: str) -> None:

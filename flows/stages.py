@@ -9,23 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from flows.core.anchor import Anchor, load_anchor, same_text_cosine
+from flows.core.compat import PROBE_FILE, choose_probe_texts
 from flows.core.dataset import Dataset, Part, RawData, prepare_dataset, read_data
+from flows.core.edge_texts import CANARY_TEXTS
 from flows.core.evaluation import Encode, Evaluation, evaluate_model, score_part
+from flows.core.evidence import DATA_TIME_TAG, LEAK_METRIC
+from flows.core.heldout import CALIBRATION_FILE, EVALUATION_FOLDER, keep_test
+from flows.core.leaks import find_leaked_share
 from flows.core.models import load_base_model, load_saved_model
 from flows.core.plots import write_plots
 from flows.core.processes import identify_process, is_alive
 from flows.core.provenance import git_commit, lock_sha256
-from flows.core.retrieval import Retrieval, pool_retrieval
+from flows.core.recorded import DATA_FILE, PARAMS_FILE, VECTORS_FILE, embed_canary
 from flows.core.splits import SPLITS
 from flows.core.tracking import Tracker
 from flows.core.training import Fit, fit_model, make_encode, save_model
@@ -39,15 +43,14 @@ if TYPE_CHECKING:
 
 FIT_TIMEOUT_S = 12 * 3600  # the last resort for a hang in native code; the budget itself is TrainParams.max_minutes
 MODEL_FOLDER = "model"
-TEST_ROWS_FILE = "test_rows.parquet"
-TEST_RETRIEVAL_FILE = "test_retrieval.json"
-TEST_QUERIES = 300  # kept with a run, with the documents that were judged for them or ranked high
-CALIBRATION_FILE = "calibration.json"
-EVALUATION_FOLDER = "evaluation"
 OWN_TEXTS_FILE = "own_texts.json"
 OWN_TEXTS = 32  # texts of the test set that join the edge texts in a certificate
 PROCESS_TAG = "process"
+ANCHOR_TAG = "anchor"
+ANCHOR_METRIC = "anchor/same_text_cosine"
 LOSS_METRIC = "train/loss"
+DISTILL_METRIC = "train/distill_loss"
+ANCHOR_TEXTS = 2000  # of dev, by whose vectors the distance to the champion is told
 
 
 def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -75,15 +78,33 @@ def preprocess(raw: RawData, data: DataParams) -> Dataset:
     return dataset
 
 
+def open_anchor(tracker: Tracker, settings: FlowSettings, params: TrainParams) -> Anchor | None:
+    """Return the champion's vectors when a fit shall stay near them, and there is a champion."""
+    if not params.anchor_weight:
+        return None
+    anchor = load_anchor(tracker, settings)
+    if anchor is None:
+        say(f"[fit] there is no champion to stay near yet: train.anchor_weight {params.anchor_weight:g} does nothing")
+    return anchor
+
+
 @task(timeout_seconds=FIT_TIMEOUT_S, cache_policy=NO_CACHE, task_run_name="fit {title}")
-def fit(part: Part, params: TrainParams, title: str) -> Fit:
-    """Fine-tune one candidate, showing each step."""
+def fit(
+    part: Part,
+    params: TrainParams,
+    title: str,
+    *,
+    on_check: Callable[[int, Encode], bool] | None = None,
+    checks: int = 0,
+    anchor: Anchor | None = None,
+) -> Fit:
+    """Fine-tune one candidate, showing each step; the keywords are those of `fit_model`."""
     say(
         f"[fit] {title}: {params.base_model}, {params.steps} steps x {params.batch_size} pairs, "
         f"learning rate {params.learning_rate:.1e}, up to {params.max_tokens} tokens"
     )
     with fit_progress(title) as on_progress:
-        result = fit_model(part, params, on_progress=on_progress)
+        result = fit_model(part, params, on_progress=on_progress, on_check=on_check, checks=checks, anchor=anchor)
     if result.stopped_early:
         say(f"[fit] {title}: stopped by the time budget after {result.steps_done} of {params.steps} steps")
     return result
@@ -93,6 +114,21 @@ def fit(part: Part, params: TrainParams, title: str) -> Fit:
 def score_dev(part: Part, result: Fit, evaluate: EvaluateParams, metric: str) -> float:
     """Score a candidate on dev: the one figure that a study may choose by."""
     return score_part(part, make_encode(result.model, evaluate.batch_size), evaluate).metrics[metric]
+
+
+@task(cache_policy=NO_CACHE)
+def measure_anchor(
+    tracker: Tracker, run_id: str, part: Part, result: Fit, anchor: Anchor | None, evaluate: EvaluateParams
+) -> None:
+    """Log how near a candidate is to the champion that it was to stay near, on dev: the other half of that trade."""
+    if anchor is None:
+        return
+    queries = part.retrieval.queries.values() if part.retrieval else ()
+    texts = list(dict.fromkeys([*part.pairs["text_a"], *part.pairs["text_b"], *queries]))[:ANCHOR_TEXTS]
+    cosine = same_text_cosine(texts, make_encode(result.model, evaluate.batch_size), anchor)
+    tracker.log_metrics(run_id, {ANCHOR_METRIC: cosine})
+    tracker.set_tags(run_id, {ANCHOR_TAG: anchor.tag})
+    say(f"[fit] mean cosine of a text's new vector with that of {anchor.tag}: {cosine:.4f}")
 
 
 @task(cache_policy=NO_CACHE)
@@ -119,6 +155,7 @@ def record(tracker: Tracker, run_id: str, dataset: Dataset, model_path: Path, ev
     dataset_key = tracker.log_dataset(run_id, dataset.version, context="training")
     metrics = evaluation.flat_metrics() | profile_metrics(dataset)
     metrics["embedding_dim"] = float(model.get_embedding_dimension() or 0)
+    metrics[LEAK_METRIC] = find_leaked_share(dataset.train, dataset.test)
     tracker.log_metrics(run_id, metrics, model_id=model_id, dataset=dataset_key)
     with tempfile.TemporaryDirectory() as scratch:
         write_plots(evaluation, tracker.metric_history(run_id, LOSS_METRIC), Path(scratch) / "plots")
@@ -128,30 +165,13 @@ def record(tracker: Tracker, run_id: str, dataset: Dataset, model_path: Path, ev
         (folder / OWN_TEXTS_FILE).write_text(json.dumps(own_texts(dataset.test)), encoding="utf-8")
         calibration = evaluation.calibration.model_dump() if evaluation.calibration else None
         (folder / CALIBRATION_FILE).write_text(json.dumps(calibration), encoding="utf-8")
+        probe = json.dumps(choose_probe_texts(dataset), ensure_ascii=False)
+        (folder / PROBE_FILE).write_text(probe, encoding="utf-8")
         tracker.log_folder(run_id, Path(scratch))
     version = tracker.register(run_id, model_id)
     shutil.rmtree(model_path.parent)  # MLflow has the model now
     say(f"[record] registered as version {version} (MLflow run {run_id})")
     return version
-
-
-def keep_test(test: Part, evaluation: Evaluation, folder: Path) -> None:
-    """Write what a release judges int8 by: the test pairs, and a pool of the retrieval data that is as hard as all."""
-    evaluation.test_rows.to_parquet(folder / TEST_ROWS_FILE, index=False)
-    if test.retrieval is not None:
-        rankings = [scores.nearest or {} for scores in (evaluation.base, evaluation.tuned)]
-        pool = pool_retrieval(test.retrieval, rankings, queries=TEST_QUERIES)
-        (folder / TEST_RETRIEVAL_FILE).write_text(json.dumps(asdict(pool), ensure_ascii=False), encoding="utf-8")
-
-
-def read_test(folder: Path, metrics: Mapping[str, float]) -> Part | None:
-    """Read what `keep_test` wrote, or None when a part that the run was scored on is missing: the run is older."""
-    path = folder / TEST_RETRIEVAL_FILE
-    retrieval = Retrieval(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    if not (folder / TEST_ROWS_FILE).is_file() or ("eval/ndcg_at_10" in metrics and retrieval is None):
-        return None
-    part = Part(pd.read_parquet(folder / TEST_ROWS_FILE, columns=["text_a", "text_b", "score"]), retrieval)
-    return part if part.has_pairs or retrieval is not None else None
 
 
 def own_texts(part: Part) -> list[str]:
@@ -187,6 +207,7 @@ def tracked_run(
         "data_path": version.path,
         "data_md5": version.md5,
         "data_rev": version.revision or "",
+        DATA_TIME_TAG: dataset.modified_at.isoformat(timespec="seconds") if dataset.modified_at else "",
         "git_commit": git_commit(PROJECT_ROOT) or "",
         "lock_sha256": lock_sha256(PROJECT_ROOT) or "",
     }
@@ -195,8 +216,10 @@ def tracked_run(
         tracker.log_params(run_id, params)
         if isinstance(train := params.get("train"), TrainParams):  # the names that people look for first
             tracker.log_params(run_id, {"model_name": train.base_model, "batch_size": train.batch_size})
-        facts = version.model_dump() | {"files": dataset.files, "notes": list(dataset.notes)}
-        tracker.log_json(run_id, "data.json", facts)
+        facts = version.model_dump() | {"files": dataset.files, "notes": list(dataset.notes), "root": str(Path.cwd())}
+        tracker.log_json(run_id, DATA_FILE, facts)
+        exact = {name: section.model_dump(mode="json") for name, section in params.items()}
+        tracker.log_json(run_id, PARAMS_FILE, exact)
         yield run_id
     except BaseException as error:
         tracker.end_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -216,8 +239,10 @@ def close_orphans(tracker: Tracker, settings: FlowSettings) -> None:
 def keep_fit(tracker: Tracker, run_id: str, result: Fit, settings: FlowSettings) -> Path:
     """Log how the fit went, write its weights to the scratch space of the run, and return that folder."""
     tracker.log_curve(run_id, LOSS_METRIC, result.losses)
+    tracker.log_curve(run_id, DISTILL_METRIC, result.distill_losses)
     tracker.log_metrics(run_id, {"train/seconds": result.seconds, "train/steps_done": float(result.steps_done)})
     tracker.set_tags(run_id, {"stopped_early": str(result.stopped_early).lower(), "loss": result.loss_name})
+    tracker.log_json(run_id, VECTORS_FILE, embed_canary(make_encode(result.model, len(CANARY_TEXTS))))
     path = settings.runs_path / run_id / MODEL_FOLDER
     save_model(result.model, path)
     return path

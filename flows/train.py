@@ -9,7 +9,18 @@ from flows.core.evaluation import primary_metric
 from flows.core.tracking import open_tracker
 from flows.params import DataParams, EvaluateParams, TrainParams
 from flows.settings import export_environment, load_settings
-from flows.stages import close_orphans, evaluate_candidate, fit, keep_fit, load, preprocess, record, tracked_run
+from flows.stages import (
+    close_orphans,
+    evaluate_candidate,
+    fit,
+    keep_fit,
+    load,
+    measure_anchor,
+    open_anchor,
+    preprocess,
+    record,
+    tracked_run,
+)
 
 
 class TrainResult(BaseModel):
@@ -47,11 +58,13 @@ def train(
     dataset = preprocess(load(data), data)
     tracker = open_tracker(settings)
     close_orphans(tracker, settings)
+    anchor = open_anchor(tracker, settings, train)
     params = {"data": data, "train": train, "evaluate": evaluate}
     metric = primary_metric(dataset.dev)
     with tracked_run(tracker, "train", dataset, params, tags={"primary_metric": metric}) as run_id:
-        result = fit(dataset.train, train, "train")
+        result = fit(dataset.train, train, "train", anchor=anchor)
         path = keep_fit(tracker, run_id, result, settings)
+        measure_anchor(tracker, run_id, dataset.dev, result, anchor, evaluate)
         evaluation = evaluate_candidate(dataset, path, train.base_model, evaluate)
         version = record(tracker, run_id, dataset, path, evaluation)
     return TrainResult.of(run_id, version, metric, evaluation.flat_metrics())

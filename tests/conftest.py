@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Read once, when the libraries are imported: these must be set before any test module is.
 QUIET_ENVIRONMENT = {
@@ -24,6 +25,7 @@ QUIET_ENVIRONMENT = {
 }
 # Addresses and folders of the developer's own stack: a test must never write there.
 OWN_STACK = (
+    "EKIBEN_ANCHOR_BOX",
     "EKIBEN_EXPERIMENT",
     "EKIBEN_MODEL_NAME",
     "EKIBEN_STUDY_STORAGE",
@@ -37,6 +39,8 @@ OWN_STACK = (
     "PREFECT_API_URL",
     "PREFECT_PROFILE",
 )
+settings.register_profile("ekiben", deadline=None)  # a busy machine is no failure
+settings.load_profile("ekiben")
 os.environ.update(QUIET_ENVIRONMENT)
 for _name in OWN_STACK:
     os.environ.pop(_name, None)

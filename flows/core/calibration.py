@@ -13,6 +13,7 @@ from bentos.manifest import Calibration
 
 Array = npt.NDArray[np.float64]
 MAX_KNOTS = 64
+MAX_BINS, ROWS_A_BIN = 10, 30  # of the calibration error
 _DIGITS = 6  # of what is stored: far below what a label is worth, and short in the manifest
 
 
@@ -66,6 +67,28 @@ def fit_threshold(cosines: npt.ArrayLike, scores: npt.ArrayLike, positive_score:
     candidates = np.concatenate([values[:1], (values[:-1] + values[1:]) / 2, [np.nextafter(values[-1], 2.0)]])
     best = np.flatnonzero(right == right.max())
     return float(candidates[best[(len(best) - 1) // 2]])
+
+
+def calibration_error(calibration: Calibration, cosines: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return how far calibrated scores are from labels on the whole: 0 when a score of 0.7 means labels of 0.7.
+
+    Rows are sorted by their calibrated score and cut into up to `MAX_BINS` bins of about equally many rows; the error
+    is the mean over rows of the distance between a bin's mean score and its mean label (the expected calibration error
+    of Naeini et al., 2015, with equal-mass bins). A bin has `ROWS_A_BIN` rows or more, or is the only one: smaller ones
+    would measure the spread of the labels.
+
+    Args:
+        calibration: The map from cosine to score.
+        cosines: Cosine of each pair, shape (rows,); no row gives 0.
+        scores: Label of each pair, 0..1, shape (rows,).
+    """
+    predicted = calibration.apply(cosines)
+    labels = np.asarray(scores, dtype=np.float64)
+    if len(predicted) == 0:
+        return 0.0
+    order = np.argsort(predicted, kind="stable")
+    bins = np.array_split(order, max(1, min(MAX_BINS, len(order) // ROWS_A_BIN)))
+    return float(sum(abs((predicted[rows] - labels[rows]).sum()) for rows in bins) / len(order))
 
 
 def _merge_to(knots: int, centres: Array, levels: Array, rows: npt.NDArray[np.int64]) -> tuple[Array, Array]:

@@ -9,14 +9,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from bentos.manifest import Manifest
-from flows.core.gates import Report
 from flows.core.models import resolve_base_model
+from flows.core.relations import render_compat
+from flows.core.verdicts import Report
 from flows.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from flows.core.measuring import Serving
 
 UNKNOWN = "unknown"
 POOLING_WORDS = {
@@ -34,6 +38,7 @@ def render_card(
     params: Mapping[str, Any],
     licence: str | None,
     report: Report | None = None,
+    serving: Serving | None = None,
 ) -> str:
     """Return the model card as Markdown.
 
@@ -43,6 +48,7 @@ def render_card(
         params: Parameters of the training, flat.
         licence: Licence of the base model, as its card declares it.
         report: The gates' verdicts.
+        serving: What the built Bento was measured at.
     """
     lines = [
         f"# {manifest.tag}",
@@ -69,7 +75,9 @@ def render_card(
         *_metrics(manifest.metrics),
         "",
         *_scores(manifest),
+        *render_compat(manifest),
         *(["## Gates", "", report.to_markdown().rstrip(), ""] if report else []),
+        *_serving(serving),
         "## Certificate",
         "",
         *_certificate(certificate),
@@ -90,9 +98,9 @@ def render_card(
     return "\n".join(lines)
 
 
-def find_licence(model_path: Path, base_model: str) -> str | None:
+def find_licence(model_path: Path | None, base_model: str) -> str | None:
     """Return the licence that the README of the model, or of its base model on this machine, declares; None if none."""
-    folders = [model_path]
+    folders = [] if model_path is None else [model_path]
     with suppress(ModelNotFoundError):  # the base model was moved since: its licence is unknown, the release goes on
         folders.append(Path(resolve_base_model(base_model)))
     for folder in folders:
@@ -137,6 +145,13 @@ def _scores(manifest: Manifest) -> list[str]:
     if manifest.calibration is not None:
         sentences.append("`manifest.json` holds the map from cosine to score; both were fitted on dev rows only.")
     return [" ".join(sentences), ""] if sentences else []
+
+
+def _serving(serving: Serving | None) -> list[str]:
+    if serving is None:
+        return []
+    rows = [(name.removeprefix("serve/"), f"{value:,.1f}") for name, value in serving.as_metrics().items()]
+    return ["## Serving", "", "The built Bento, asked over HTTP:", "", *_table(("figure", "value"), rows), ""]
 
 
 def _certificate(certificate: Mapping[str, Any]) -> list[str]:

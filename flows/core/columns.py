@@ -18,6 +18,7 @@ from flows.params import PAIR_COLUMNS, DataParams
 
 PROFILE_COLUMNS = ("id",)
 JUDGEMENT_COLUMNS = ("query", "profile_id", "relevance")
+RESERVED_COLUMNS = (*PAIR_COLUMNS, "base_cosine", "tuned_cosine")  # of the test rows that a run keeps
 KNOWN_COLUMNS = (*PAIR_COLUMNS, *PROFILE_COLUMNS, *JUDGEMENT_COLUMNS)
 
 
@@ -44,6 +45,40 @@ def check_mapping(columns: Mapping[str, str]) -> None:
             raise DataError(
                 f"data.columns gives {twice[0]!r} to two of {', '.join(wanted)}; each needs a column of its own"
             )
+
+
+def check_slice_columns(names: Sequence[str]) -> None:
+    """Check `data.slice_columns` before any file is looked at.
+
+    Raises:
+        DataError: an empty name, a name twice, or one that means something else.
+    """
+    for name in names:
+        if not name.strip():
+            raise DataError("data.slice_columns has an empty name; name columns of your pairs, such as language")
+        if names.count(name) > 1:
+            raise DataError(f"data.slice_columns names {name!r} twice; name each column once")
+        if name in RESERVED_COLUMNS:
+            raise DataError(
+                f"data.slice_columns names {name!r}, which Ekiben fills itself ({', '.join(RESERVED_COLUMNS)}); name "
+                "other columns of your pairs, or rename that one"
+            )
+
+
+def select_slices(table: pd.DataFrame, names: Sequence[str], address: str) -> dict[str, list[str | None]]:
+    """The columns that rows are looked at apart by, as texts; None for an empty cell. Row order is kept.
+
+    Raises:
+        DataError: a column is missing; the message lists those that are there.
+    """
+    for name in names:
+        if name not in table.columns:
+            found = ", ".join(map(str, table.columns)) or "none"
+            raise DataError(
+                f"{address} has no column {name!r}, which data.slice_columns names; found: {found}. Add it to every "
+                "file of pairs, or take it out of data.slice_columns"
+            )
+    return {name: [None if is_missing(cell) else str(cell).strip() for cell in table[name].tolist()] for name in names}
 
 
 def select_columns(

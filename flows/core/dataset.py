@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 
 from bentos.manifest import DataVersion
-from flows.core.columns import check_mapping
-from flows.core.files import local_path, md5_of, md5_of_files, read_bytes
+from flows.core.columns import check_mapping, check_slice_columns
+from flows.core.files import local_path, md5_of, md5_of_files, modified_at, read_bytes
 from flows.core.leaks import refuse_shared_pairs, remove_leaks
 from flows.core.pairs import merge_duplicates, prepare_pairs
 from flows.core.profiles import ProfileStats, build_profile_texts, join_judgements, measure_profiles
@@ -47,13 +48,15 @@ class RawData:
     profiles: Table | None = None
     judgements: Table | None = None
     retrieval: RawRetrieval | None = None
+    modified_at: datetime | None = None  # UTC: when the newest file was written; None when nobody says
 
 
 @dataclass(frozen=True)
 class Part:
     """Train, dev or test."""
 
-    pairs: pd.DataFrame  # text_a, text_b (clean texts), score (float64, 0..1); no rows when there are no pairs
+    # text_a, text_b (clean texts), score (float64, 0..1), then the slice columns (text, or missing)
+    pairs: pd.DataFrame  # no rows when there are no pairs
     retrieval: Retrieval | None = None
 
     @property
@@ -73,6 +76,7 @@ class Dataset:
     files: dict[str, str]  # role -> MD5 of each file, see `RawData`
     notes: tuple[str, ...]  # what was merged, dropped and split, one sentence each
     profiles: ProfileStats | None = None
+    modified_at: datetime | None = None  # see `RawData`
 
 
 def read_data(params: DataParams, *, root: Path) -> RawData:
@@ -88,11 +92,15 @@ def read_data(params: DataParams, *, root: Path) -> RawData:
     """
     _check_given(params)
     check_mapping(params.columns)
+    check_slice_columns(params.slice_columns)
     md5s: dict[str, str] = {}
+    times: list[datetime] = []
 
     def read(role: str, address: str) -> pd.DataFrame:
         content = read_bytes(address, root=root, revision=params.data_rev)
         md5s[role] = md5_of(content)
+        written = modified_at(address, root=root, revision=params.data_rev)
+        times.extend([written] if written else [])
         return parse_table(content, address)
 
     def read_given(role: str) -> Table | None:
@@ -103,7 +111,7 @@ def read_data(params: DataParams, *, root: Path) -> RawData:
     retrieval = None if params.retrieval is None else read_retrieval(params.retrieval, read)
     given = [table.address for table in tables.values() if table] + ([retrieval.address] if retrieval else [])
     version = DataVersion(path=" ".join(given), md5=md5_of_files(md5s), revision=_resolve(params, given, root))
-    return RawData(version, md5s, **tables, retrieval=retrieval)
+    return RawData(version, md5s, **tables, retrieval=retrieval, modified_at=max(times, default=None))
 
 
 def _check_given(params: DataParams) -> None:
@@ -123,6 +131,11 @@ def _check_given(params: DataParams) -> None:
             raise DataError(
                 f"--{role} holds pairs, but there are no pairs to train on; give --pairs FILE, or leave --{role} out"
             )
+    if params.slice_columns and not (params.pairs or params.profiles):
+        raise DataError(
+            f"data.slice_columns names {', '.join(params.slice_columns)}, columns of pairs, but there are only "
+            "retrieval data: leave it out, or give --pairs FILE"
+        )
 
 
 def _resolve(params: DataParams, addresses: list[str], root: Path) -> str | None:
@@ -156,7 +169,7 @@ def prepare_dataset(raw: RawData, params: DataParams) -> Dataset:
             frame = gathered
         else:
             held_out: Table | None = getattr(raw, split)
-            frame = _no_pairs() if held_out is None else prepare_pairs(held_out.rows, params, held_out.address)
+            frame = _no_pairs(params) if held_out is None else prepare_pairs(held_out.rows, params, held_out.address)
         pairs[split], merged = merge_duplicates(frame, params.duplicates, names[split])
         notes += merged
     refuse_shared_pairs(pairs, names, params)
@@ -174,11 +187,19 @@ def prepare_dataset(raw: RawData, params: DataParams) -> Dataset:
     for split, part in parts.items():
         _check_size(split, part, params, given_pairs=len(gathered) > 0, notes=notes)
         _check_scores(split, part, notes)
-    return Dataset(**parts, version=raw.version, files=raw.files, notes=tuple(notes), profiles=profiles)
+    return Dataset(
+        **parts,
+        version=raw.version,
+        files=raw.files,
+        notes=tuple(notes),
+        profiles=profiles,
+        modified_at=raw.modified_at,
+    )
 
 
-def _no_pairs() -> pd.DataFrame:
-    return pd.DataFrame({name: pd.Series([], dtype=float if name == "score" else object) for name in PAIR_COLUMNS})
+def _no_pairs(params: DataParams) -> pd.DataFrame:
+    names = (*PAIR_COLUMNS, *params.slice_columns)
+    return pd.DataFrame({name: pd.Series([], dtype=float if name == "score" else object) for name in names})
 
 
 def _gather_pairs(raw: RawData, params: DataParams, notes: list[str]) -> tuple[pd.DataFrame, ProfileStats | None]:
@@ -193,7 +214,7 @@ def _gather_pairs(raw: RawData, params: DataParams, notes: list[str]) -> tuple[p
         notes += found
         frames.append(frame)
         stats = measure_profiles(texts)
-    return pd.concat(frames, ignore_index=True) if frames else _no_pairs(), stats
+    return pd.concat(frames, ignore_index=True) if frames else _no_pairs(params), stats
 
 
 def _split_off(

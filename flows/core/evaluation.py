@@ -63,7 +63,7 @@ class Evaluation:
     decision_threshold: float | None  # of the tuned model; None without dev pairs
     primary_metric: str
     gain: Interval  # tuned - base of the primary metric on test
-    test_rows: pd.DataFrame  # text_a, text_b, score, base_cosine, tuned_cosine
+    test_rows: pd.DataFrame  # the test pairs, with all their columns, and base_cosine, tuned_cosine
 
     def flat_metrics(self) -> dict[str, float]:
         """Return every figure under the name it has in MLflow."""
@@ -117,7 +117,7 @@ def evaluate_model(dataset: Dataset, base: Encode, tuned: Encode, params: Evalua
         decision_threshold=threshold,
         primary_metric=name,
         gain=bootstrap_gain(dataset.test, base_test, tuned_test, params),
-        test_rows=dataset.test.pairs[["text_a", "text_b", "score"]].assign(
+        test_rows=dataset.test.pairs.assign(
             base_cosine=base_test.cosines if base_test.cosines is not None else np.empty(0),
             tuned_cosine=tuned_test.cosines if tuned_test.cosines is not None else np.empty(0),
         ),
@@ -179,10 +179,16 @@ def _pearson(a: Array, b: Array) -> Array:
 
 
 def _spearman(a: Array, b: Array) -> Array:
-    """Spearman correlation along the last axis: Pearson of the ranks, ties sharing their mean rank."""
+    """Spearman correlation along the last axis: Pearson of the ranks."""
+    return _pearson(_rank(a), _rank(b))
+
+
+def _rank(values: Array) -> Array:
+    """Rank along the last axis, ties sharing their mean rank."""
     from scipy.stats import rankdata
 
-    return _pearson(rankdata(a, axis=-1), rankdata(b, axis=-1))
+    ranks: Array = rankdata(values, axis=-1)
+    return ranks
 
 
 def _score_queries(retrieval: Retrieval, encode: Encode) -> tuple[dict[str, Array], dict[str, list[str]]]:
@@ -244,22 +250,47 @@ def bootstrap_gain(test: Part, base: Scores, tuned: Scores, params: EvaluatePara
     name = primary_metric(test)
     value = tuned.metrics[name] - base.metrics[name]
     if base.cosines is not None and tuned.cosines is not None:
-        rows = [test.pairs["score"].to_numpy(np.float64), base.cosines, tuned.cosines]
-    elif base.per_query_ndcg is not None and tuned.per_query_ndcg is not None and len(base.per_query_ndcg):
-        rows = [tuned.per_query_ndcg - base.per_query_ndcg]
+        labels = test.pairs["score"].to_numpy(np.float64)
+        found = bootstrap_difference(base.cosines, tuned.cosines, labels, params)
+    elif base.per_query_ndcg is not None and tuned.per_query_ndcg is not None:
+        found = bootstrap_difference(base.per_query_ndcg, tuned.per_query_ndcg, None, params)
     else:
         return Interval(value, value, value)
+    return replace(found, value=value)
+
+
+def unit_metric(values: Array, labels: Array | None) -> float:
+    """Return the primary metric of some units: Spearman of cosines and labels, or the mean of per-query figures.
+
+    Args:
+        values: (units,) the cosine of each pair, or the nDCG@10 of each query.
+        labels: (units,) the label of each pair; None for queries.
+    """
+    if len(values) == 0:
+        return 0.0
+    return float(values.mean() if labels is None else _spearman(values, labels))
+
+
+def bootstrap_difference(theirs: Array, ours: Array, labels: Array | None, params: EvaluateParams) -> Interval:
+    """Return `unit_metric` of `ours` minus that of `theirs`, with the interval of a paired bootstrap.
+
+    Units are drawn with replacement, the same ones for both; `theirs`, `ours` and `labels` are (units,). No unit at
+    all, and two models that are equal in each unit, differ by exactly nothing.
+    """
+    value = unit_metric(ours, labels) - unit_metric(theirs, labels)
+    size = len(ours)
+    if size == 0:
+        return Interval(value, value, value)
     random = np.random.default_rng(BOOTSTRAP_SEED)
-    size = len(rows[0])
     step = max(1, _BOOTSTRAP_CELLS // size)
     gains: list[Array] = []
     for start in range(0, params.bootstrap_samples, step):
         drawn = random.integers(size, size=(min(step, params.bootstrap_samples - start), size))
-        if len(rows) == 1:
-            gains.append(rows[0][drawn].mean(axis=1))
+        if labels is None:
+            gains.append((ours - theirs)[drawn].mean(axis=1))
         else:
-            labels, base_cosines, tuned_cosines = (values[drawn] for values in rows)
-            gains.append(_spearman(tuned_cosines, labels) - _spearman(base_cosines, labels))
+            ranks = _rank(labels[drawn])
+            gains.append(_pearson(_rank(ours[drawn]), ranks) - _pearson(_rank(theirs[drawn]), ranks))
     tail = (1.0 - params.confidence) / 2
     low, high = np.quantile(np.concatenate(gains), [tail, 1.0 - tail])
     return Interval(value, float(low), float(high))

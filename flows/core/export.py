@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bentos.manifest import TOKENIZER_FILE
 from flows.core.graph import POOLERS, make_encoder, write_graph
+from flows.core.heads import read_nested_dims
 from flows.core.models import find_token_limit, load_saved_model
 from flows.errors import UnsupportedModelError
 
@@ -36,6 +37,7 @@ class Export:
     normalize: bool
     prompts: dict[str, str]
     default_prompt: str | None
+    nested_dims: tuple[int, ...]  # smaller numbers of dimensions that it was trained for, largest first
     weights_sha256: str  # of the weights themselves, so that exporting again gives the same
 
 
@@ -70,6 +72,7 @@ def export_model(model_path: Path, box: Path) -> Export:
         normalize=anatomy.normalize,
         prompts=prompts,
         default_prompt=model.default_prompt_name if model.default_prompt_name in prompts else None,
+        nested_dims=read_nested_dims(model),
         weights_sha256=hash_weights(encoder),
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from flows.core.revisions import NotTrackedError, read_at_revision
+from flows.core.revisions import NotTrackedError, committed_at, read_at_revision
 from flows.errors import DataError, one_line
 
 LOCAL_PROTOCOLS = (None, "file", "local")
@@ -65,6 +67,37 @@ def read_bytes(address: str, *, root: Path, revision: str | None = None) -> byte
         except Exception as error:  # from the filesystem of a DVC remote
             raise _translate(address, error) from error
     return _read_remote(address) if path is None else _read_local(path)
+
+
+def modified_at(address: str, *, root: Path, revision: str | None = None) -> datetime | None:
+    """When a file that was just read was last written, in UTC; None when nobody says. Never fails.
+
+    A local file has the time of its last change on this machine, which a fresh clone or `dvc pull` sets anew. At a
+    revision it is the time of the commit that last changed it, up to that revision. Of other addresses it is what the
+    filesystem says, over HTTP the header `Last-Modified`.
+    """
+    path = local_path(address, root=root)
+    try:
+        if path is None:
+            return _ask_remote(address)
+        if revision is not None:
+            return committed_at(path, revision, root=root)
+        return datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    except Exception:  # filesystems raise what they like, and no run fails for want of a date
+        return None
+
+
+def _ask_remote(address: str) -> datetime | None:
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(address)
+    try:
+        said = filesystem.modified(path)
+    except NotImplementedError:
+        said = parsedate_to_datetime(filesystem.info(path)["Last-Modified"])
+    if isinstance(said, int | float):
+        return datetime.fromtimestamp(said, tz=UTC)
+    return None if not isinstance(said, datetime) else said.replace(tzinfo=said.tzinfo or UTC).astimezone(UTC)
 
 
 def _read_local(path: Path) -> bytes:

@@ -7,7 +7,10 @@ in every split by design and are not looked at; queries are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -15,6 +18,9 @@ from flows.core.pairs import pair_keys
 from flows.core.splits import SPLITS
 from flows.errors import DataError
 from flows.params import DataParams
+
+if TYPE_CHECKING:
+    from flows.core.dataset import Part
 
 
 def refuse_shared_pairs(pairs: Mapping[str, pd.DataFrame], names: Mapping[str, str], params: DataParams) -> None:
@@ -93,3 +99,27 @@ def remove_leaks(
             held_out.update(dict.fromkeys(kept_pairs[split][column], split))
         held_out.update(dict.fromkeys(kept_queries[split].values(), split))
     return kept_pairs, kept_queries, notes
+
+
+def find_leaked_share(train: Part, test: Part) -> float:
+    """Return the share of the distinct test texts that stand in train but for case, accents' encoding and punctuation.
+
+    `remove_leaks` has dropped exact copies; these are as good as copies to a model. Texts are those of the pairs, and
+    the queries; documents are in every split by design.
+    """
+    seen = {_essence(text) for text in _texts(train)}
+    asked = set(_texts(test))
+    return sum(_essence(text) in seen for text in asked) / len(asked) if asked else 0.0
+
+
+def _texts(part: Part) -> Iterator[str]:
+    yield from part.pairs["text_a"]
+    yield from part.pairs["text_b"]
+    if part.retrieval is not None:
+        yield from part.retrieval.queries.values()
+
+
+def _essence(text: str) -> str:
+    """The words of a text, in one case; the text itself when it has none."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(words) or text

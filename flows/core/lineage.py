@@ -28,6 +28,11 @@ class Lineage:
     metrics: dict[str, float]
     bento_tag: str = ""  # empty until it was released
     space_id: str = ""
+    compat: str = ""  # class of its space against `compat_space_id`: identical, compatible, adapter, breaking
+    compat_space_id: str = ""  # of the champion at its release
+    replaces: str = ""  # version that was champion before it: where a rollback leads
+    promoted_at: str = ""  # ISO 8601, UTC; empty until it was champion
+    verdict: str = ""  # of the gates: passed, refused; empty until they were asked
 
     @property
     def base_score(self) -> float | None:
@@ -88,4 +93,9 @@ def _trace(tracker: Tracker, release: Release) -> Lineage:
         metrics=run.metrics,
         bento_tag=tags.get("bento_tag", ""),
         space_id=tags.get("space_id", ""),
+        compat=release.tags.get("compat", ""),
+        compat_space_id=release.tags.get("compat_space_id", ""),
+        replaces=release.tags.get("replaces", ""),
+        promoted_at=release.tags.get("promoted_at", ""),
+        verdict=release.tags.get("verdict", ""),
     )

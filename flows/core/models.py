@@ -259,22 +259,36 @@ def _load(source: str, name: str) -> SentenceTransformer:
         ) from error
 
 
-def _keep_layers(model: SentenceTransformer, layers: int, name: str) -> None:
-    """Drop transformer layers in place, evenly: of 6, keeping 3 leaves the first, the third and the last."""
-    import numpy as np
+def count_layers(model: SentenceTransformer) -> int | None:
+    """Return how many transformer layers there are, or None when they cannot be taken apart."""
+    found = _find_layers(model)
+    return None if found is None else len(found[1])
+
+
+def _find_layers(model: SentenceTransformer) -> tuple[str, Any] | None:
+    """Return the path of the list of layers within the transformer, and the list."""
     from torch.nn import ModuleList
 
     transformer = get_transformer(model)
     modules = dict(transformer.named_modules()) if transformer is not None else {}
     path = next((path for path in _LAYER_LISTS if isinstance(modules.get(path), ModuleList)), None)
-    if transformer is None or path is None:
+    return None if path is None else (path, modules[path])
+
+
+def _keep_layers(model: SentenceTransformer, layers: int, name: str) -> None:
+    """Drop transformer layers in place, evenly: of 6, keeping 3 leaves the first, the third and the last."""
+    import numpy as np
+    from torch.nn import ModuleList
+
+    transformer, found = get_transformer(model), _find_layers(model)
+    if transformer is None or found is None:
         raise ParamsError(f"train.layers is {layers}, but the layers of {name} cannot be taken apart: leave it unset")
-    stack = modules[path]
+    path, stack = found
     if layers > len(stack):
         raise ParamsError(f"train.layers is {layers}, but {name} has {len(stack)} layers: set {len(stack)} or less")
     kept = np.linspace(0, len(stack) - 1, layers).round().astype(int)
     parent, _, attribute = path.rpartition(".")
-    setattr(modules[parent], attribute, ModuleList([stack[index] for index in kept]))
+    setattr(transformer.get_submodule(parent), attribute, ModuleList([stack[index] for index in kept]))
     transformer.config.num_hidden_layers = layers
 
 

@@ -1,82 +1,104 @@
-"""From lunchbox to Bento: the model store, `bentoml build`, and a test of what was built over real HTTP.
+"""From lunchbox to Bento: BentoML's stores, `bentoml build`, and how both come into the store that is served from.
 
-Core layer; the only module of `flows` that imports bentoml. The store is BentoML's own, at `BENTOML_HOME`.
+Core layer; the only module of `flows` that imports bentoml. Every function works on the stores in a BentoML home folder
+`home`; without one that is BentoML's own, at `BENTOML_HOME`. A release builds and tests in a home of its own
+(`stage_bento`), and `install` brings what has proven itself into the one that is served from: so `latest` never means
+an untested Bento, and the files of a champion that is released anew stay as they are until the last moment.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
-import psutil  # type: ignore[import-untyped]
-
+from bentos.aliases import replace_file
 from bentos.errors import LunchboxError
-from bentos.lunchbox import MIN_CANARY_COSINE, read_canary
-from bentos.manifest import Manifest, read_manifest, verify_files
-from bentos.vectors import cosine_pairs
-from flows.core.serving import quote_log, served_bento, wait_ready
-from flows.errors import EkibenError, InputError, SmokeTestError
+from bentos.manifest import MANIFEST_FILE, Manifest, read_manifest, sha256_file, verify_files
+from flows.core.folders import put_folder, scratch_folder
+from flows.errors import EkibenError, InputError
+from flows.settings import child_environment
 
 BENTOFILE = "bentofile.yaml"
 BUILD_TIMEOUT_S = 600.0
 MAX_REASON_CHARS = 500
-REQUEST_TIMEOUT_S = 30.0
-PROBE_TEXT = "Senior data engineer with five years of Python and SQL"
-PROBE_REQUESTS, PROBE_BATCH, PROBE_BATCHES = 100, 64, 4
+BENTOS, MODELS, SCRATCH = "bentos", "models", "tmp"  # folders in BentoML's home; every folder in a store is an item
+LATEST = "latest"  # file beside the versions of an item
 
 
 def model_tag(manifest: Manifest) -> str:
     """The lunchbox's name in the model store, e.g. `ekiben-model:3-1f2e3d4c`."""
-    return f"{manifest.name}-model:{manifest.bento_version}"
+    return f"{model_name(manifest.name)}:{manifest.bento_version}"
 
 
-def store_model(box: Path, manifest: Manifest) -> str:
+def model_name(name: str) -> str:
+    """The name in the model store of what is registered as `name`."""
+    return f"{name}-model"
+
+
+def store_model(box: Path, manifest: Manifest, *, home: Path | None = None) -> str:
     """Copy the lunchbox at `box` into the model store, unless it is there already, and return its tag.
 
-    A copy that was cut short or altered is replaced.
+    The copy appears complete, in place of one that was cut short, altered or packed otherwise.
 
     Raises:
         LunchboxError: when the lunchbox itself does not verify.
     """
     import bentoml
+    from bentoml._internal.models import ModelStore
 
     verify_files(box, manifest)
     tag = model_tag(manifest)
-    if is_stored(manifest):
+    if is_stored(manifest, home=home):
         return tag
-    if _find(bentoml.models, tag) is not None:  # half copied, altered since, or packed anew
-        bentoml.models.delete(tag)
-    with bentoml.models.create(tag, labels=release_labels(manifest), metadata={"metrics": manifest.metrics}) as model:
-        shutil.copytree(box, model.path, dirs_exist_ok=True)
+    root = _model_store(home)._path
+    with scratch_folder(root.parent / SCRATCH, "ekiben") as scratch:
+        options = {"labels": release_labels(manifest), "metadata": {"metrics": manifest.metrics}}
+        with bentoml.models.create(tag, **options, _model_store=ModelStore(scratch)):
+            pass  # BentoML's own file; it would copy ours twice
+        shutil.copytree(box, _item_path(scratch, tag), dirs_exist_ok=True)
+        put_folder(_item_path(scratch, tag), _item_path(root, tag))
     return tag
 
 
-def is_stored(manifest: Manifest) -> bool:
+def is_stored(manifest: Manifest, *, home: Path | None = None) -> bool:
     """Whether the model store holds just this lunchbox, whole."""
-    import bentoml
-
-    stored = _find(bentoml.models, model_tag(manifest))
-    if stored is None:
-        return False
     try:
-        if read_manifest(Path(stored.path)) != manifest:
+        path = stored_path(manifest, home=home)
+        if read_manifest(path) != manifest:
             return False
-        verify_files(Path(stored.path), manifest)
+        verify_files(path, manifest)
     except LunchboxError:
         return False
     return True
 
 
-def build_bento(manifest: Manifest, *, root: Path) -> str:
+def stored_path(manifest: Manifest, *, home: Path | None = None) -> Path:
+    """The folder of a stored lunchbox.
+
+    Raises:
+        LunchboxError: it is not in the model store.
+    """
+    return find_model(manifest.name, manifest.bento_version, home=home)
+
+
+def find_model(name: str, bento_version: str, *, home: Path | None = None) -> Path:
+    """The folder of the stored lunchbox of what is registered as `name`, e.g. in the version `3-1f2e3d4c`.
+
+    Raises:
+        LunchboxError: it is not in the model store, whole.
+    """
+    tag = f"{model_name(name)}:{bento_version}"
+    stored = _find(_model_store(home), tag)
+    if stored is None:
+        raise LunchboxError(f"{tag} is not in the model store; release the version again")
+    return Path(stored.path)
+
+
+def build_bento(manifest: Manifest, *, root: Path, home: Path | None = None) -> str:
     """Build the Bento of a stored model from `root`/bentofile.yaml, unless it is there already, and return its tag.
 
     The build imports the service and sets state that lasts as long as its process, so it runs in one of its own.
@@ -85,20 +107,22 @@ def build_bento(manifest: Manifest, *, root: Path) -> str:
         InputError: when there is no bentofile.
         EkibenError: when the build fails; the message is the error that it printed, in one line.
     """
-    import bentoml
-
     bentofile = root / BENTOFILE
     if not bentofile.is_file():
         raise InputError(f"no {BENTOFILE} in {root}: run from the project's folder, or from a clone that has one")
-    if _find(bentoml.bentos, manifest.tag) is not None:
+    store = _bento_store(home)
+    if _find(store, manifest.tag) is not None:
         return manifest.tag
+    with contextlib.suppress(FileNotFoundError):  # cut short while it was written
+        shutil.rmtree(_item_path(store._path, manifest.tag))
     command = [sys.executable, "-m", "bentoml", "build", str(root), "--bentofile", str(bentofile)]
     command += ["--name", manifest.name, "--version", manifest.bento_version]
     for name, value in release_labels(manifest).items():
         command += ["--label", f"{name}={value}"]
+    own = {"EKIBEN_MODEL_TAG": model_tag(manifest)} | ({} if home is None else {"BENTOML_HOME": str(home)})
     build = subprocess.run(
         command,
-        env={**os.environ, "EKIBEN_MODEL_TAG": model_tag(manifest)},  # handed on, not read
+        env=child_environment(own),
         cwd=root,
         capture_output=True,
         text=True,
@@ -112,19 +136,48 @@ def build_bento(manifest: Manifest, *, root: Path) -> str:
     return manifest.tag
 
 
-def bento_exists(tag: str) -> bool:
+def bento_exists(tag: str, *, home: Path | None = None) -> bool:
     """Whether the Bento store holds `tag`, whole."""
-    import bentoml
-
-    return _find(bentoml.bentos, tag, repair=False) is not None
+    return _find(_bento_store(home), tag) is not None
 
 
-def remove_bento(tag: str) -> None:
-    """Take a Bento out of the store again, so that `latest` names the one before; its model stays."""
-    import bentoml
+def stage_bento(box: Path, manifest: Manifest, *, root: Path, home: Path) -> str:
+    """Store and build in the BentoML home `home`, made when missing; a Bento that was built before is copied there.
 
-    if bento_exists(tag):
-        bentoml.bentos.delete(tag)
+    Raises:
+        LunchboxError: when the lunchbox does not verify.
+        EkibenError: when the build fails.
+    """
+    for name in (BENTOS, MODELS, SCRATCH):
+        (home / name).mkdir(parents=True, exist_ok=True)
+    store_model(box, manifest, home=home)
+    if bento_exists(manifest.tag):
+        _copy_bento(manifest.tag, _bento_store(None), _bento_store(home))
+    return build_bento(manifest, root=root, home=home)
+
+
+def install(box: Path, manifest: Manifest, *, staged: Path) -> None:
+    """Bring a lunchbox and its Bento, built in the home `staged`, into BentoML's own stores.
+
+    `latest` stays what it was: `point_latest` moves it. What is there already stays untouched.
+
+    Raises:
+        LunchboxError: when the lunchbox does not verify.
+    """
+    store_model(box, manifest)
+    if not bento_exists(manifest.tag):
+        _copy_bento(manifest.tag, _bento_store(staged), _bento_store(None))
+
+
+def point_latest(name: str, bento_version: str, home: Path) -> None:
+    """Let `latest` of Bento and model mean a version, in the stores that have it."""
+    for store, item in ((BENTOS, name), (MODELS, model_name(name))):
+        folder = home / store / item
+        pointer = folder / LATEST
+        if not (folder / bento_version).is_dir():
+            continue
+        if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != bento_version:
+            replace_file(pointer, bento_version)
 
 
 def release_labels(manifest: Manifest) -> dict[str, str]:
@@ -138,113 +191,44 @@ def release_labels(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _find(store: Any, tag: str, *, repair: bool = True) -> Any:
-    """The item of a BentoML store, or None; with `repair` an item that was cut short while being written is removed."""
-    from bentoml.exceptions import BentoMLException, NotFound
+def hash_manifest(box: Path) -> str:
+    """SHA-256 of the manifest of the lunchbox at `box`, in hex: it vouches for every other file."""
+    return sha256_file(box / MANIFEST_FILE)
+
+
+def _copy_bento(tag: str, source: Any, target: Any) -> None:
+    with scratch_folder(target._path.parent / SCRATCH, "ekiben") as scratch:
+        copy = scratch / "bento"
+        shutil.copytree(_item_path(source._path, tag), copy, symlinks=True)
+        put_folder(copy, _item_path(target._path, tag))
+
+
+def _model_store(home: Path | None) -> Any:
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml._internal.models import ModelStore
+
+    return BentoMLContainer.model_store.get() if home is None else ModelStore(home / MODELS)
+
+
+def _bento_store(home: Path | None) -> Any:
+    from bentoml._internal.bento import BentoStore
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    return BentoMLContainer.bento_store.get() if home is None else BentoStore(home / BENTOS)
+
+
+def _item_path(root: Path, tag: str) -> Path:
+    """Where an item of a store lies."""
+    name, _, version = tag.partition(":")
+    return root / name / version
+
+
+def _find(store: Any, tag: str) -> Any:
+    """The item of a BentoML store, or None when it is not there, or was cut short while being written."""
+    from bentoml.exceptions import BentoMLException
 
     try:
         item = store.get(tag)
-    except NotFound:
-        return None
     except BentoMLException:
-        if repair:
-            with contextlib.suppress(NotFound):
-                store.delete(tag)
         return None
     return item if str(item.tag) == tag else None  # the store also finds tags by their beginning
-
-
-def smoke_test(tag: str, manifest: Manifest, *, log: Path) -> dict[str, float]:
-    """Serve the Bento `tag` on a free port of this machine, check what it answers, measure it, and end it.
-
-    Args:
-        tag: the Bento, built from the lunchbox of `manifest`.
-        manifest: what it must say that it serves.
-        log: the file that the server's output goes to.
-
-    Returns:
-        `serve/p95_ms` (one short text, one caller), `serve/texts_per_s` (short texts, 64 a request),
-        `serve/rss_mb` (memory of the worker in MiB), `serve/bytes_per_vector` (float32).
-
-    Raises:
-        SmokeTestError: says what was wrong, and quotes the end of the server's log.
-    """
-    port = _find_free_port()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with served_bento(tag, host="127.0.0.1", port=port, log=log) as process:
-            wait_ready(process, url, log)
-            with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
-                _check_answers(client, manifest)
-                measured = _measure_speed(client)
-            measured["serve/rss_mb"] = _worker_rss_mb(process.pid)
-    except SmokeTestError as error:
-        raise SmokeTestError(f"{tag}: {error}. {quote_log(log)}") from error
-    except httpx.HTTPError as error:
-        raise SmokeTestError(f"{tag}: {type(error).__name__} {error}. {quote_log(log)}") from error
-    except EkibenError as error:  # it did not get ready: the log is quoted already
-        raise SmokeTestError(f"{tag}: {error}") from error
-    return {**measured, "serve/bytes_per_vector": 4.0 * manifest.dim}
-
-
-def _check_answers(client: httpx.Client, manifest: Manifest) -> None:
-    """The canary vectors, the headers, a similarity and an error, all over HTTP."""
-    import bentoml
-
-    from bentos.http import MODEL_HEADER, SPACE_HEADER
-
-    canary = read_canary(Path(bentoml.models.get(model_tag(manifest)).path), manifest)
-    encoded = _post(client, "/encode", {"texts": canary.texts, "prompt_text": "", "model": manifest.tag}, 200)
-    for header, expected in ((MODEL_HEADER, manifest.tag), (SPACE_HEADER, manifest.space_id)):
-        if encoded.headers.get(header) != expected:
-            raise SmokeTestError(f"the header {header} is {encoded.headers.get(header)!r}, expected {expected!r}")
-    vectors = np.asarray(encoded.json()["embeddings"], dtype=np.float32)
-    if vectors.shape != canary.vectors.shape:
-        raise SmokeTestError(f"/encode gave vectors of shape {vectors.shape}, expected {canary.vectors.shape}")
-    cosine = float(cosine_pairs(vectors, canary.vectors).min())
-    if not cosine >= MIN_CANARY_COSINE:  # also when it is not a number
-        raise SmokeTestError(
-            f"/encode gave a canary vector with cosine {cosine}, at least {MIN_CANARY_COSINE} is needed"
-        )
-    compared = _post(client, "/similarity", {"a": [PROBE_TEXT], "b": [PROBE_TEXT, canary.texts[0]]}, 200).json()
-    if len(compared["similarity"][0]) != 2 or abs(compared["similarity"][0][0] - 1.0) > 1e-3:
-        raise SmokeTestError(
-            f"/similarity of a text with itself and another gave {compared['similarity']}, not [[1, ...]]"
-        )
-    refused = _post(client, "/encode", {"texts": []}, 422).json()
-    if refused.get("error", {}).get("code") != "invalid_request":
-        raise SmokeTestError(f"an empty list of texts was refused with {refused}, expected the code invalid_request")
-
-
-def _measure_speed(client: httpx.Client) -> dict[str, float]:
-    latencies_ms = [_time_ms(client, [PROBE_TEXT]) for _ in range(PROBE_REQUESTS)]
-    batches_ms = [_time_ms(client, [f"{PROBE_TEXT} {n}" for n in range(PROBE_BATCH)]) for _ in range(PROBE_BATCHES)]
-    return {
-        "serve/p95_ms": float(np.percentile(latencies_ms, 95)),
-        "serve/texts_per_s": 1000 * PROBE_BATCH * PROBE_BATCHES / sum(batches_ms),
-    }
-
-
-def _time_ms(client: httpx.Client, texts: list[str]) -> float:
-    started = time.perf_counter()
-    _post(client, "/encode", {"texts": texts}, 200)
-    return 1000 * (time.perf_counter() - started)
-
-
-def _post(client: httpx.Client, path: str, body: dict[str, Any], status: int) -> httpx.Response:
-    response = client.post(path, json=body)
-    if response.status_code != status:
-        raise SmokeTestError(f"POST {path} answered {response.status_code}, expected {status}: {response.text[:300]}")
-    return response
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _worker_rss_mb(pid: int) -> float:
-    """Memory of the largest child of the server process: its worker."""
-    return max((child.memory_info().rss for child in psutil.Process(pid).children(recursive=True)), default=0) / 2**20

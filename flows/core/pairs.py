@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from flows.core.columns import clean_column, scale_scores, select_columns
+from flows.core.columns import clean_column, scale_scores, select_columns, select_slices
 from flows.errors import DataError
 from flows.params import PAIR_COLUMNS, DataParams
 
 
 def prepare_pairs(table: pd.DataFrame, params: DataParams, address: str) -> pd.DataFrame:
-    """Scored pairs from one table: columns `text_a`, `text_b` (clean texts) and `score` (0..1).
+    """Scored pairs from one table: columns `text_a`, `text_b` (clean texts), `score` (0..1) and the slice columns.
 
     Raises:
         DataError: missing columns, unusable texts or scores.
@@ -25,6 +25,7 @@ def prepare_pairs(table: pd.DataFrame, params: DataParams, address: str) -> pd.D
             "text_a": clean_column(selected["text_a"].tolist(), "text_a", address),
             "text_b": clean_column(selected["text_b"].tolist(), "text_b", address),
             "score": scale_scores(selected["score"].tolist(), "score", address, params),
+            **select_slices(table, params.slice_columns, address),
         }
     )
 
@@ -38,7 +39,7 @@ def pair_keys(pairs: pd.DataFrame) -> pd.MultiIndex:
 
 
 def merge_duplicates(pairs: pd.DataFrame, policy: str, address: str) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each pair of texts, with the mean score, at the place of the first; and what was done, as notes.
+    """One row for each pair of texts, the first one with the mean score; and what was done, as notes.
 
     Raises:
         DataError: there are duplicates and the policy is `refuse`.

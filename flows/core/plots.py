@@ -1,4 +1,4 @@
-"""Pictures of an evaluation and a fit, as PNG files for MLflow and the reader.
+"""Pictures of an evaluation, a fit and a study, as files for MLflow and the reader.
 
 Core layer: draws what it is given, computes nothing that counts. Colours are Okabe and Ito's, which colour-blind
 readers can tell apart; figures are made without pyplot, so that no global state is touched.
@@ -6,7 +6,7 @@ readers can tell apart; figures are made without pyplot, so that no global state
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,11 @@ TUNED_COLOUR = "#0072B2"  # blue
 GUIDE_COLOUR = "#555555"
 MAX_POINTS = 4000  # more would be one blot
 _DPI = 120
+COST_AXES = {
+    "p95_ms": "p95 of one text alone, ms of one core",
+    "bytes_per_vector": "bytes a vector (float32)",
+    "memory_mb": "memory of model and runtime, MiB",
+}
 _LABEL_AXIS = "label (0 unrelated, 1 same meaning)"
 
 
@@ -50,6 +55,101 @@ def write_plots(evaluation: Evaluation, losses: Sequence[tuple[int, float]], fol
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=_DPI)
     return paths
+
+
+def write_front_plot(
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    costs: Sequence[str],
+    folder: Path,
+    *,
+    limits: Mapping[str, float],
+    policy: str,
+) -> list[Path]:
+    """Draw a study's finished trials, quality against each cost, into `front.png` and `front.svg` in `folder`.
+
+    Args:
+        rows: `trial`, `value`, `front`, `taken`, a column a cost, and the parameters that make the architecture.
+        metric: Name of the dev metric.
+        costs: Columns of cost, at least one; each gets a panel.
+        folder: Where the files go; created when missing.
+        limits: Largest cost allowed, where there is one.
+        policy: How the taken one was chosen.
+    """
+    figure = _make_figure(max(7.2, 5.6 * len(costs)), 5.4)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, costs, strict=True):
+        _draw_front_panel(axes, rows, cost, limits.get(cost))
+    panels[0].set_ylabel(f"{metric} on dev")
+    _add_legend(panels[0], loc="lower right")
+    count = sum(bool(row["front"]) for row in rows)
+    taken = next((row["trial"] for row in rows if row["taken"]), None)
+    figure.suptitle(
+        f"Quality against cost: {count} of {len(rows)} finished trials are on the front\n{policy} takes trial {taken}",
+        fontsize=11,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "front.png", folder / "front.svg"]
+    for path in paths:
+        figure.savefig(path, dpi=_DPI)
+    return paths
+
+
+def _draw_front_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], cost: str, limit: float | None) -> None:
+    """One cost on a logarithmic axis; the line is the best that can be had for so much of this cost."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    front = sorted((row for row in rows if row["front"]), key=lambda row: (row[cost], row["value"]))
+    behind = [row for row in rows if not row["front"]]
+    best = np.maximum.accumulate([row["value"] for row in front]) if front else np.empty(0)
+    axes.step([row[cost] for row in front], best, where="post", color=TUNED_COLOUR, linewidth=1.2, alpha=0.6)
+    for group, colour, label in ((behind, "#AAAAAA", "behind the front"), (front, TUNED_COLOUR, "on the front")):
+        if group:
+            axes.scatter(
+                [row[cost] for row in group], [row["value"] for row in group], s=46, color=colour, zorder=3, label=label
+            )
+    taken = [row for row in rows if row["taken"]]
+    if taken:
+        axes.scatter(
+            [row[cost] for row in taken],
+            [row["value"] for row in taken],
+            s=190,
+            facecolors="none",
+            edgecolors=BASE_COLOUR,
+            linewidths=2.2,
+            zorder=4,
+            label="taken",
+        )
+    if limit is not None:
+        axes.axvline(limit, color=BASE_COLOUR, linestyle=":", linewidth=2, label=f"allowed: {limit:g}")
+    middle = np.sqrt(min(row[cost] for row in rows) * max(row[cost] for row in rows))  # of the logarithmic axis
+    for row in front:
+        side = -1 if row[cost] > middle else 1
+        axes.annotate(
+            _name_architecture(row),
+            (row[cost], row["value"]),
+            xytext=(9 * side, 6),
+            textcoords="offset points",
+            ha="right" if side < 0 else "left",
+            fontsize=8,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.22, y=0.1)
+    axes.set_xlabel(COST_AXES.get(cost, cost))
+    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _name_architecture(row: Mapping[str, Any]) -> str:
+    layers = row["layers"]
+    parts = [f"{layers} layer{'' if layers == 1 else 's'}"] if layers else []
+    parts += [f"{row['dimensions']} dims"] if row["dimensions"] else []
+    parts += [row["precision"]] if row["precision"] != "auto" else []
+    return f"{row['trial']}: {', '.join(parts) or 'whole'}"
 
 
 def _draw_scatter(evaluation: Evaluation, base: Calibration, tuned: Calibration) -> Figure:

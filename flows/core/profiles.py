@@ -23,6 +23,7 @@ from flows.core.columns import (
     clean_unique_ids,
     scale_scores,
     select_columns,
+    select_slices,
 )
 from flows.core.tables import is_missing, row_numbers
 from flows.errors import DataError
@@ -113,6 +114,7 @@ def join_judgements(
             "text_a": queries,
             "text_b": [profiles[profile_id] for profile_id in ids],
             "score": scale_scores(selected["relevance"].tolist(), "relevance", address, params),
+            **select_slices(judgements, params.slice_columns, address),
         }
     )
     unused = len(profiles.keys() - set(ids))

@@ -1,10 +1,11 @@
-"""The model registry: versions, the aliases `champion` and `previous`, what a reference means. Core layer.
+"""The model registry: versions, their aliases, what a reference means, and what else it can keep. Core layer.
 
 `Tracker` in tracking.py builds on `Registry` and adds the runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from flows.core.mlflow_client import is_server, open_client, plain_errors
 from flows.errors import NothingReleasedError, ParamsError
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 PREVIOUS = "previous"
 LATEST = "latest"
 MIN_PREFIX_LENGTH = 6  # of a run id
@@ -210,23 +212,78 @@ class Registry:
             self._client.set_model_version_tag(self.model_name, version, name, value)
 
     @plain_errors
-    def promote(self, version: str, *, tags: Mapping[str, object]) -> None:
-        """Make `version` the champion, and the champion so far `previous`.
+    def set_alias(self, alias: str, version: str | None) -> None:
+        """Let an alias name a version, or nothing. Written only where it says something else."""
+        before = (self._aliases() or {}).get(alias)
+        if version is None and before is not None:
+            self._client.delete_registered_model_alias(self.model_name, alias)
+        elif version is not None and before != version:
+            self._client.set_registered_model_alias(self.model_name, alias, version)
 
-        `previous` is written first, so that the way back is known at any moment. Interrupted and repeated, it ends in
-        the same state; promoting the champion leaves both aliases as they are.
+    @plain_errors
+    def model_tags(self) -> dict[str, str]:
+        """The tags of the registered model itself; empty before the first registration."""
+        from mlflow.exceptions import MlflowException
 
-        Raises:
-            NothingReleasedError: there is no such version.
-        """
-        chosen = self.version(version)
-        self.set_version_tags(chosen.version, tags)  # before the alias: who follows it finds the tags
-        champion = self.champion()
-        if champion is not None and champion.version == chosen.version:
-            return
-        if champion is not None:
-            self._client.set_registered_model_alias(self.model_name, PREVIOUS, champion.version)
-        self._client.set_registered_model_alias(self.model_name, CHAMPION, chosen.version)
+        try:
+            return dict(self._client.get_registered_model(self.model_name).tags)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    @plain_errors
+    def set_model_tag(self, name: str, value: str) -> None:
+        """Set a tag of the registered model itself."""
+        self._client.set_registered_model_tag(self.model_name, name, value)
+
+    # --- names that only one can take: a registered model without versions, which is what release_lock.py is made of
+
+    @plain_errors
+    def claim(self, name: str, tags: Mapping[str, str], *, description: str) -> bool:
+        """Take a name that is free, with all its tags at once; False when it is taken."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name, dict(tags), description)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":
+                return False
+            raise
+        return True
+
+    @plain_errors
+    def claims(self, prefix: str) -> dict[str, dict[str, str]]:
+        """The names that begin so, and their tags."""
+        found: dict[str, dict[str, str]] = {}
+        token: str | None = None
+        while True:
+            page = self._client.search_registered_models(f"name LIKE '{prefix}%'", page_token=token)
+            found |= {model.name: dict(model.tags) for model in page if model.name.startswith(prefix)}
+            token = page.token
+            if not token:
+                return found
+
+    def note_claim(self, name: str, tag: str, value: str) -> bool:
+        """Set a tag of a name that was taken; False when nobody has it any more."""
+        try:
+            self._set_claim_tag(name, tag, value)
+        except NothingReleasedError:
+            return False
+        return True
+
+    @plain_errors
+    def _set_claim_tag(self, name: str, tag: str, value: str) -> None:
+        self._client.set_registered_model_tag(name, tag, value)
+
+    def unclaim(self, name: str) -> None:
+        """Give a name free, if anybody has it."""
+        with contextlib.suppress(NothingReleasedError):
+            self._delete_claim(name)
+
+    @plain_errors
+    def _delete_claim(self, name: str) -> None:
+        self._client.delete_registered_model(name)
 
 
 def clean_tags(tags: Mapping[str, object]) -> dict[str, str]:

@@ -7,12 +7,16 @@ tracks (outputs with `cache: false`, such as the shipped sample), without touchi
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flows.errors import DataError, one_line
+
+GIT_TIMEOUT_S = 20.0
 
 
 class NotTrackedError(DataError):
@@ -60,6 +64,34 @@ def resolve_revision(path: Path, revision: str, *, root: Path) -> str:
     repository, _ = _locate(path, root=root)
     with _open_at(repository, revision) as files:
         return str(files.repo.get_rev())
+
+
+def committed_at(path: Path, revision: str, *, root: Path) -> datetime | None:
+    """When the commit was made that last changed the file up to the revision, in UTC; None when git does not say.
+
+    DVC's own files stand for what they track: `data/pairs.csv.dvc`, or `data.dvc` of the folder. What a pipeline made
+    has the time of the revision itself.
+
+    Raises:
+        DataError: not in a DVC repository, or unknown revision.
+    """
+    repository, name = _locate(path, root=root)
+    commit = resolve_revision(path, revision, root=root)
+    parents = [parent.as_posix() for parent in PurePosixPath(name).parents][:-1]
+    for names in ([name, *(f"{each}.dvc" for each in (name, *parents))], []):
+        said = _ask_git(repository, "log", "-1", "--format=%ct", commit, "--", *names)
+        if said:
+            return datetime.fromtimestamp(int(said), tz=UTC)
+    return None
+
+
+def _ask_git(repository: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(repository), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def _locate(path: Path, *, root: Path) -> tuple[Path, str]:

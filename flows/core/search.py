@@ -1,72 +1,89 @@
-"""The search for parameters: which candidate is tried next, and which one is best. Core layer.
+"""The search for parameters: which candidate is tried next, and which one is given up. Core layer.
 
 `Search` knows nothing about training: it hands out candidates and takes their scores, so that it can be killed at any
-moment and go on with what the study's storage holds.
+moment and go on with what the study's storage holds. Several processes may work on one study at the same time.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.core.front import TRIAL, as_cheap, is_hopeless
+from flows.core.standings import (
+    BASE,
+    CHECKS,
+    COSTS,
+    HOPELESS,
+    INFEASIBLE,
+    PARAMS,
+    RUN_ID,
+    SECONDS,
+    SKIPPED,
+    VALUE,
+    Best,
+    Costs,
+    Standings,
+)
 from flows.core.studies import (
     REASON,
+    claim,
     close_stale_trials,
     heartbeat,
-    open_study,
+    make_sampler,
+    name_architecture,
     plain_study_errors,
     quiet_optuna,
     sign_trial,
     study_name,
     suggest,
     to_distributions,
+    trial_state,
     values_inside,
 )
-from flows.errors import EkibenError
+from flows.errors import ParamsError, UnsupportedModelError
 from flows.params import TrainParams, TuneParams
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 __all__ = ["Best", "Candidate", "Search", "study_name"]
 
-MAX_DRAWS = 20  # unusable draws in a row (already tried, or too long for what is left) before the search gives up
+MAX_DRAWS = 20  # unusable draws in a row (known, too long, too dear) before the search gives up
 COST_MARGIN = 1.1  # a trial is started when this times its predicted duration is left
-# User attributes of a trial. Optuna's own parameters hold only what the space varies.
-PARAMS = "params"
-BASE = "base"
-VALUE = "value"
-SECONDS = "seconds"
-RUN_ID = "run_id"
-SKIPPED = "skipped"
+UNUSABLE = "unusable"  # in place of the costs of an architecture: why there is no such model
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Parameters to try, and the number of their trial."""
+    """Parameters to try, the number of their trial, and what they will cost in serving."""
 
     number: int
     params: TrainParams
+    costs: Costs = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Best:
-    """The trial with the highest score so far."""
-
-    number: int
-    params: TrainParams
-    value: float
-    run_id: str
+def _no_costs(params: TrainParams) -> Costs:
+    return {}
 
 
-class Search:
+class Search(Standings):
     """One study: hands out candidates within a budget, and remembers their scores."""
 
-    def __init__(self, storage: str | Path, *, name: str, base: TrainParams, params: TuneParams) -> None:
+    def __init__(
+        self,
+        storage: str | Path,
+        *,
+        name: str,
+        base: TrainParams,
+        params: TuneParams,
+        measure: Callable[[TrainParams], Costs] = _no_costs,
+    ) -> None:
         """Open the study, go on with it when it exists, and close the trials of processes that are gone.
 
         Args:
@@ -74,70 +91,114 @@ class Search:
             name: From `study_name`.
             base: The first candidate, known to be good, so that a study never ends below it; gives later candidates
                 whatever the space does not vary.
-            params: Budget, seed and space.
+            params: Budget, seed, space, costs, limits of cost, and policy.
+            measure: Says what a candidate will cost in serving: at least the costs and what is limited. Asked once for
+                each architecture and study. May raise ParamsError or UnsupportedModelError: there is no such model.
 
         Raises:
             ParamsError: the storage cannot be opened.
         """
-        self.name = name
-        self.ended_by = ""  # why `next_candidate` gave None: "trials", "budget" or "exhausted"
+        super().__init__(storage, name=name, params=params)
+        self.ended_by = ""  # why `next_candidate` gave None: "trials", "budget", "limits", "exhausted" or "policy"
         self._base = base
-        self._params = params
+        self._measure = measure
         self._distributions = to_distributions(params.space)
         self._base_inside = values_inside(base, self._distributions)
-        self._study = open_study(storage, name=name)
         self._running: dict[int, tuple[Trial, ExitStack]] = {}
         self._started = 0
         close_stale_trials(self._study)
         self.resumed_trials = self.finished_trials
 
     @property
-    def finished_trials(self) -> int:
-        """Trials that were trained to their end and scored, in all calls."""
-        return len(self._trials("COMPLETE"))
-
-    @property
     def remaining_trials(self) -> int:
         """Trials that this call may still start; those that other processes are busy with count as done."""
-        left = self._params.trials - self.finished_trials - len(self._trials("RUNNING"))
+        left = self._params.trials - self.finished_trials - self.hopeless_trials - len(self._trials("RUNNING"))
         return max(0, min(left, self._params.trials - self._started))
+
+    @property
+    def others_at_work(self) -> int:
+        """Trials that other processes are busy with."""
+        close_stale_trials(self._study)
+        return sum(trial.number not in self._running for trial in self._trials("RUNNING"))
 
     @plain_study_errors
     def next_candidate(self, remaining_s: float) -> Candidate | None:
         """Draw the next parameters to try.
 
-        The first one is the base, whatever it costs. Later ones are drawn until one is new and fits into the time that
-        is left; their `max_minutes` is cut to it.
+        The first one is the base, however long it takes. Later ones are drawn until one is new and fits into the time
+        that is left; their `max_minutes` is cut to it. What would cost more in serving than the limits allow is noted,
+        so that the sampler keeps away from it, and never handed out. When the policy names a trial, the user has made
+        his choice: nothing is tried any more.
 
         Args:
             remaining_s: What is left of the budget, in seconds.
 
         Returns:
-            A candidate, to be answered with `report` or `fail`; None when the search has ended (see `ended_by`).
+            A candidate, to be answered with `report`, `give_up` or `fail`; None when the search has ended (see
+            `ended_by`).
+
+        Raises:
+            ParamsError, UnsupportedModelError: there is no such model as the base asks for.
         """
+        deadline = time.monotonic() + remaining_s
         close_stale_trials(self._study)
-        too_long = False
+        if self._params.policy.startswith(TRIAL):
+            self.ended_by = "policy"
+            return None
+        why = "exhausted"
         for _ in range(MAX_DRAWS):
             if self.remaining_trials == 0:
                 self.ended_by = "trials"
                 return None
             is_first = not self._base_was_tried()
-            if not is_first and remaining_s <= 0:
+            if not is_first and time.monotonic() >= deadline:
                 self.ended_by = "budget"
                 return None
             trial, params = self._draw(as_base=is_first)
-            if trial.user_attrs.get(BASE):
-                return self._start(trial, params)
-            if self._is_known(trial.number, params):
+            base = bool(trial.user_attrs.get(BASE))
+            if self._is_superfluous(trial.number, base=base):
+                self._skip(trial, "another process was faster")
+            elif not base and self._is_known(trial.number, params):
                 self._skip(trial, "already tried")
-            elif (self.predict_seconds(params) or 0.0) * COST_MARGIN > remaining_s:
+            elif not base and not self._fits(params, deadline):
                 self._skip(trial, "would take longer than what is left")
-                too_long = True
+                why = "budget"
+            elif not self._admit(trial, params, base=base):
+                why = "limits" if why == "exhausted" else why
+            elif base:
+                return self._start(trial, params)
             else:
-                minutes = min(params.max_minutes, remaining_s / 60)
-                return self._start(trial, params.model_copy(update={"max_minutes": minutes}))
-        self.ended_by = "budget" if too_long else "exhausted"
+                left_s = max(1.0, deadline - time.monotonic())
+                return self._start(
+                    trial, params.model_copy(update={"max_minutes": min(params.max_minutes, left_s / 60)})
+                )
+        self.ended_by = why
         return None
+
+    @plain_study_errors
+    def check(self, candidate: Candidate, number: int, value: float) -> bool:
+        """Note how a candidate does at a check in the middle of its training; return whether to give it up.
+
+        It is hopeless when it is clearly behind the median of the trials that cost as much or less, at the same check
+        (`is_hopeless`). The base never is.
+
+        Args:
+            candidate: From `next_candidate`.
+            number: Of the check, 1, 2, ...
+            value: Its dev metric now.
+        """
+        if not math.isfinite(value):
+            return False  # the training will say what is wrong
+        trial, _ = self._running[candidate.number]
+        trial.set_user_attr(CHECKS, {**trial.user_attrs.get(CHECKS, {}), str(number): value})
+        mine = self._objectives(candidate.costs)
+        peers = [
+            other.user_attrs[CHECKS][str(number)]
+            for other in [*self._trials("COMPLETE"), *self._hopeless()]
+            if str(number) in other.user_attrs.get(CHECKS, {})
+            and as_cheap(self._objectives(other.user_attrs[COSTS]), mine)
+        ]
+        return not trial.user_attrs.get(BASE) and is_hopeless(value, peers)
 
     @plain_study_errors
     def report(
@@ -156,96 +217,51 @@ class Search:
         if not math.isfinite(value):
             self.fail(candidate, f"its score is {value}")
             return
-        trial = self._end(candidate.number)
-        for name, content in ((VALUE, value), (SECONDS, seconds), (RUN_ID, run_id)):
-            trial.set_user_attr(name, content)
+        trial = self._end(candidate.number, {VALUE: value, SECONDS: seconds, RUN_ID: run_id})
         if stopped_early:
             trial.set_user_attr(REASON, "stopped by its time budget")
-            self._study.tell(trial, state=_state("PRUNED"))
+            self._study.tell(trial, state=trial_state("PRUNED"))
         else:
-            self._study.tell(trial, value)
+            self._study.tell(trial, [value, *self._objectives(candidate.costs)])
+
+    @plain_study_errors
+    def give_up(self, candidate: Candidate, *, seconds: float, run_id: str) -> str:
+        """Tell the study that a candidate was ended by `check`; return why.
+
+        It counts among the trials of the study, and is never chosen.
+        """
+        checks = self._running[candidate.number][0].user_attrs[CHECKS]
+        number = max(checks, key=int)
+        reason = f"given up at check {number} with {checks[number]:.4f}: clearly behind what is as cheap"
+        attrs = {SECONDS: seconds, RUN_ID: run_id, HOPELESS: True, REASON: reason}
+        self._study.tell(self._end(candidate.number, attrs), state=trial_state("PRUNED"))
+        return reason
 
     @plain_study_errors
     def fail(self, candidate: Candidate, reason: str) -> None:
         """Tell the study that a candidate could not be trained or scored."""
-        trial = self._end(candidate.number)
-        trial.set_user_attr(REASON, reason[:500])
-        self._study.tell(trial, state=_state("FAIL"))
+        self._study.tell(self._end(candidate.number, {REASON: reason[:500]}), state=trial_state("FAIL"))
 
-    def best(self) -> Best:
-        """The trial with the highest score; the base, unless another one is clearly above it.
-
-        Raises:
-            EkibenError: none was scored yet.
-        """
-        best = self.best_or_none()
-        if best is None:
-            raise EkibenError(f"no trial of study {self.name} was scored; look at why they failed, then run it again")
-        return best
-
-    @plain_study_errors
-    def best_or_none(self) -> Best | None:
-        """Like `best`, None when no trial was scored yet.
-
-        Another trial beats the base by `TuneParams.min_improvement` or not at all: on a small dev set the highest of
-        many scores is often only the luckiest.
-        """
-        for state in ("COMPLETE", "PRUNED"):
-            scored = [trial for trial in self._trials(state) if RUN_ID in trial.user_attrs]
-            if scored:
-                chosen = max(scored, key=lambda trial: (trial.user_attrs[VALUE], -trial.number))
-                base = next((trial for trial in scored if trial.user_attrs.get(BASE)), chosen)
-                if chosen.user_attrs[VALUE] < base.user_attrs[VALUE] + self._params.min_improvement:
-                    chosen = base
-                attrs = chosen.user_attrs
-                return Best(chosen.number, TrainParams(**attrs[PARAMS]), attrs[VALUE], attrs[RUN_ID])
-        return None
-
-    @plain_study_errors
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a trial, for a table: number, state, value, seconds, run, the varied parameters, and a note."""
-        rows = []
-        for trial in self._study.get_trials(deepcopy=False):
-            attrs = trial.user_attrs
-            if SKIPPED in attrs or PARAMS not in attrs:
-                continue  # drawn, never started
-            row = {"trial": trial.number, "state": trial.state.name.lower()}
-            row |= {name: attrs.get(name) for name in (VALUE, SECONDS, RUN_ID)}
-            row |= {name: attrs[PARAMS][name] for name in self._distributions}
-            rows.append(row | {"note": attrs.get(REASON, "the base" if attrs.get(BASE) else "")})
-        return rows
-
-    def predict_seconds(self, params: TrainParams) -> float | None:
-        """How long a trial with `params` will take, by the finished ones; None before the first.
-
-        Trials of the same base model are the measure; without one, the slowest base model so far.
-        """
-        rates: dict[str, list[float]] = {}
-        measured = [trial for trial in self._trials("COMPLETE", "PRUNED") if PARAMS in trial.user_attrs]
-        for trial in measured:
-            tried = TrainParams(**trial.user_attrs[PARAMS])
-            # The wall clock also saw loading and scoring. (What was cut off would have taken at least as long.)
-            wall_s = trial.duration.total_seconds() if trial.duration else 0.0
-            rate = max(trial.user_attrs.get(SECONDS, 0.0), wall_s) / _cost(tried)
-            rates.setdefault(tried.base_model, []).append(rate)
-        if not rates:
-            return None
-        typical = {model: statistics.median(values) for model, values in rates.items()}
-        return _cost(params) * typical.get(params.base_model, max(typical.values()))
-
-    def _trials(self, *states: str) -> list[FrozenTrial]:
-        wanted = tuple(_state(state) for state in states)
-        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=wanted)
-        return trials
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Do what is called `what` in one process of the study at a time; the others wait."""
+        with claim(self._study, f"{self.name}: {what}"):
+            yield
 
     def _base_was_tried(self) -> bool:
-        return any(trial.user_attrs.get(BASE) for trial in self._trials("COMPLETE", "PRUNED", "RUNNING"))
+        """Whether the base is being trained, was trained, or is too dear as the limits are now."""
+        return any(
+            trial.state == trial_state("RUNNING") or RUN_ID in trial.user_attrs or self._excess(trial)
+            for trial in self._trials("COMPLETE", "PRUNED", "RUNNING")
+            if trial.user_attrs.get(BASE)
+        )
 
     def _draw(self, *, as_base: bool) -> tuple[Trial, TrainParams]:
         if as_base and not self._trials("WAITING"):
             self._study.enqueue_trial(self._base_inside, user_attrs={BASE: True})
         with quiet_optuna():
-            self._study.sampler = self._make_sampler()
+            # A small budget must not be spent on chance.
+            self._study.sampler = make_sampler(self._params.seed, min(10, max(4, self._params.trials // 3)))
             trial = self._study.ask()
             sign_trial(trial)
             # Of the base, what lies outside the space is not told to the sampler: it must not draw it again.
@@ -255,46 +271,97 @@ class Search:
         trial.set_user_attr(PARAMS, params.model_dump(mode="json"))
         return trial, params
 
-    def _make_sampler(self) -> Any:
-        import optuna
-
-        # A seed of its own for each trial: after a restart the draws go on as without it, instead of beginning again.
-        drawn = len(self._study.get_trials(deepcopy=False))
-        return optuna.samplers.TPESampler(
-            seed=(self._params.seed * 1_000_003 + drawn) % 2**32,
-            n_startup_trials=min(10, max(4, self._params.trials // 3)),  # a small budget must not be spent on chance
-        )
+    def _is_superfluous(self, number: int, *, base: bool) -> bool:
+        """Whether processes that drew at the same moment have the base, or all trials that were left, already."""
+        earlier = [trial for trial in self._trials("RUNNING") if trial.number < number]
+        if base and any(trial.user_attrs.get(BASE) for trial in earlier):
+            return True
+        return len(earlier) + self.finished_trials + self.hopeless_trials >= self._params.trials
 
     def _is_known(self, number: int, params: TrainParams) -> bool:
         wanted = params.model_dump(mode="json")
-        known = self._trials("COMPLETE", "RUNNING")
+        known = [*self._trials("COMPLETE", "RUNNING"), *self._hopeless()]
         return any(trial.user_attrs.get(PARAMS) == wanted for trial in known if trial.number != number)
+
+    def _fits(self, params: TrainParams, deadline: float) -> bool:
+        return (self.predict_seconds(params) or 0.0) * COST_MARGIN <= deadline - time.monotonic()
+
+    def _admit(self, trial: Trial, params: TrainParams, *, base: bool) -> bool:
+        """Whether the candidate may be trained: there is such a model, and it is within the limits of cost."""
+        try:
+            costs = self._look_up(params)
+        except (ParamsError, UnsupportedModelError) as error:
+            if base:
+                self._skip(trial, str(error))
+                raise
+            self._reject(trial, {"there is no such model": 1.0}, str(error))
+            return False
+        except BaseException as error:
+            self._skip(trial, str(error))
+            raise
+        trial.set_user_attr(COSTS, costs)
+        excess = self._excess(trial)
+        if excess:
+            self._reject(trial, self._constraints(costs), "; ".join(excess))
+        else:
+            _constrain(trial, self._constraints(costs))
+        return not excess
+
+    def _look_up(self, params: TrainParams) -> Costs:
+        """What an architecture costs: measured once for the whole study, so that its trials all cost the same."""
+        if self._measure is _no_costs:
+            return {}
+        key = name_architecture(params)
+        known = self._known_costs(key)
+        if known is None:
+            with self.alone(key):
+                known = self._known_costs(key)
+                if known is None:
+                    try:
+                        known = dict(self._measure(params))
+                    except (ParamsError, UnsupportedModelError) as error:
+                        known = {UNUSABLE: str(error)}
+                    self._study.set_user_attr(key, known)
+        if UNUSABLE in known:
+            raise UnsupportedModelError(known[UNUSABLE])
+        return known
+
+    def _known_costs(self, key: str) -> dict[str, Any] | None:
+        known: dict[str, Any] | None = self._study.user_attrs.get(key)
+        wanted = {*self._costs, *self._limits}
+        return known if known is not None and (UNUSABLE in known or wanted <= known.keys()) else None
+
+    def _constraints(self, costs: Costs) -> dict[str, float]:
+        return {name: costs[name] / limit - 1 for name, limit in self._limits.items()}
+
+    def _reject(self, trial: Trial, constraints: Mapping[str, float], reason: str) -> None:
+        _constrain(trial, constraints)
+        trial.set_user_attr(INFEASIBLE, True)
+        trial.set_user_attr(REASON, reason[:500])
+        self._study.tell(trial, state=trial_state("PRUNED"))
 
     def _skip(self, trial: Trial, why: str) -> None:
         # Failed, not pruned: the sampler leaves failed trials out, but would take pruned ones for bad parameters.
-        trial.set_user_attr(SKIPPED, why)
-        self._study.tell(trial, state=_state("FAIL"))
+        trial.set_user_attr(SKIPPED, why[:500])
+        self._study.tell(trial, state=trial_state("FAIL"))
 
     def _start(self, trial: Trial, params: TrainParams) -> Candidate:
         stack = ExitStack()
         stack.enter_context(heartbeat(self._study, trial))
         self._running[trial.number] = (trial, stack)
         self._started += 1
-        return Candidate(trial.number, params)
+        return Candidate(trial.number, params, trial.user_attrs[COSTS])
 
-    def _end(self, number: int) -> Trial:
+    def _end(self, number: int, attrs: Mapping[str, Any]) -> Trial:
         trial, stack = self._running.pop(number)
         stack.close()
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
         return trial
 
 
-def _cost(params: TrainParams) -> float:
-    # Attention aside, work grows with the tokens that are really there: between "all texts shorter than the cap" (no
-    # growth) and "all longer" (linear) the square root is a fair middle.
-    return params.steps * params.batch_size * math.sqrt(params.max_tokens)
-
-
-def _state(name: str) -> Any:
-    from optuna.trial import TrialState
-
-    return TrialState[name]
+def _constrain(trial: Trial, constraints: Mapping[str, float]) -> None:
+    """Tell the sampler how far a trial is from what is allowed; 0 or less is feasible."""
+    with quiet_optuna():
+        for name, value in constraints.items():
+            trial.set_constraint(name, value)

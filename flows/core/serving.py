@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 
 from flows.core.watchdog import end_children_with_this_process
 from flows.errors import EkibenError, ParamsError
+from flows.settings import child_environment, default_serving_environment
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
@@ -46,13 +47,22 @@ def local_url(host: str, port: int) -> str:
 
 
 @contextlib.contextmanager
-def served_bento(tag: str, *, host: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `bentoml serve TAG` until the block ends; its output goes to the file `log`."""
+def served_bento(
+    tag: str, *, host: str, port: int, log: Path, by_default: bool = False, home: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `bentoml serve TAG` until the block ends; its output goes to the file `log`.
+
+    With `by_default` the server does not get the settings that the user made for his own; with `home` it has the stores
+    of that BentoML home folder.
+    """
     command = [str(Path(sys.executable).with_name("bentoml")), "serve", tag, "--host", host, "--port", str(port)]
     end_children_with_this_process()
+    environment = default_serving_environment() if by_default else child_environment({})
+    if home is not None:
+        environment["BENTOML_HOME"] = str(home)
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches the server once, through us, and not a second time from the terminal.
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
         try:
             yield process
         finally:

@@ -9,9 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import re
+import socket
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -23,62 +26,100 @@ from flows.params import DATA_ADDRESSES, DataParams, FloatRange, SearchSpace, Tr
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
 HEARTBEAT_S = 60  # of a running trial, in a database
 GRACE_S = 300  # without a heartbeat, after which a trial counts as dead; long, since native code may hold the GIL
+SQLITE_WAIT_S = 120  # for other processes' writes: SQLite lets one process write at a time
+TABLE_TRIES = 10
+ARCHITECTURE = ("base_model", "layers", "dimensions", "max_tokens", "precision")  # parameters that make it
+MAX_KEY_LENGTH = 400  # characters; a database's column holds 512
+CLAIM_LASTS_S = 1800  # a claim of another host, which cannot be asked whether the process still lives
+CLAIM_POLL_S = 2.0
 OWNER = "owner"  # user attribute: which process runs the trial
 REASON = "reason"  # user attribute: why a trial was not finished
+SINCE = "since"  # user attribute of a claim: when somebody first waited for it
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def study_name(
-    space: SearchSpace, objective: str, data_md5: str, base: TrainParams, preparation: DataParams | None = None
+    space: SearchSpace,
+    objectives: Sequence[str],
+    data_md5: str,
+    base: TrainParams,
+    preparation: DataParams | None = None,
+    *,
+    conditions: Sequence[str] = (),
 ) -> str:
     """Name a study after everything that makes its values comparable.
 
-    Optuna opens an existing study whatever it was made for: another space, objective, data, split or base must not
-    meet it.
+    Optuna opens an existing study whatever it was made for: other directions, another space, data, split, base or
+    machine must not meet it. Budget of time, policy and limits of cost are left out: they choose among the same values.
 
     Args:
         space: What may be chosen.
-        objective: Metric on dev that is maximised.
+        objectives: Metric on dev that is maximised, then the costs that are minimised, in their order.
         data_md5: Digest of the data.
         base: Parameters that the space does not vary.
         preparation: How the data are mapped and split; where they lie does not matter, `data_md5` says what they are.
+        conditions: What else the values depend on, such as the machine that costs are measured on.
     """
     prepared = (preparation or DataParams()).model_dump(mode="json", exclude=set(DATA_ADDRESSES))
-    parts = [space.model_dump(mode="json"), objective, data_md5, base.model_dump(mode="json"), prepared]
+    parts = [
+        space.model_dump(mode="json"),
+        list(objectives),
+        data_md5,
+        base.model_dump(mode="json"),
+        prepared,
+        list(conditions),
+    ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return f"{objective}-{data_md5[:8]}-{digest[:10]}"
+    return f"{'+'.join(objectives)}-{data_md5[:8]}-{digest[:10]}"
 
 
-def open_study(storage: str | Path, *, name: str) -> Study:
-    """Open the study `name`, or create it (maximising).
+def name_architecture(params: TrainParams) -> str:
+    """Name what the cost of serving depends on: a key under which a study keeps its figures."""
+    name = f"cost of {json.dumps({name: getattr(params, name) for name in ARCHITECTURE})}"
+    return name if len(name) <= MAX_KEY_LENGTH else f"cost of {hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def open_study(storage: str | Path, *, name: str, costs: int = 0) -> Study:
+    """Open the study `name`, or create it: the first value is maximised, the others are minimised.
 
     Args:
         storage: A database URL, or the path of a journal file.
         name: From `study_name`.
+        costs: How many values are minimised.
 
     Raises:
-        ParamsError: the storage cannot be opened.
+        ParamsError: the storage cannot be opened, or holds a study of this name with other directions.
     """
     import optuna
     import sqlalchemy
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    directions = ["maximize", *["minimize"] * costs]
     try:
         with quiet_optuna():
-            return optuna.create_study(
-                storage=_open_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+            study = optuna.create_study(
+                storage=_open_storage(storage), study_name=name, directions=directions, load_if_exists=True
             )
     except (OSError, ValueError, ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         raise ParamsError(
             f"the study storage {hide_password(str(storage))} cannot be opened ({one_line(error)}): correct "
             "EKIBEN_STUDY_STORAGE, or unset it to use a journal file in Ekiben's home (move a damaged one away)"
         ) from error
+    found = [direction.name.lower() for direction in study.directions]
+    if found != directions:  # Optuna takes no notice
+        raise ParamsError(
+            f"the study {name} in {hide_password(str(storage))} has the directions {', '.join(found)}, not "
+            f"{', '.join(directions)}: something else has written it; remove it, or choose another storage"
+        )
+    return study
 
 
 def _open_storage(storage: str | Path) -> BaseStorage:
@@ -92,9 +133,23 @@ def _open_storage(storage: str | Path) -> BaseStorage:
         mend_journal(path)
         return JournalStorage(JournalFileBackend(str(path)))
     url = sqlalchemy.make_url(str(storage))
+    options: dict[str, Any]
     if url.get_backend_name() == "sqlite" and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    return RDBStorage(str(storage), heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+        options = {"connect_args": {"timeout": SQLITE_WAIT_S}}
+    else:
+        options = {"pool_pre_ping": True}  # a trial may take an hour: a database hangs up on who says nothing
+    for attempt in range(TABLE_TRIES):
+        try:
+            return RDBStorage(str(storage), options, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            # Two processes that open a new database make the same tables; who comes second finds them made.
+            if attempt + 1 == TABLE_TRIES or not re.search(
+                "already exists|duplicate|unique", str(error), re.IGNORECASE
+            ):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError("unreachable")
 
 
 def mend_journal(path: Path) -> None:
@@ -146,6 +201,82 @@ def _close(study: Study, number: int) -> None:
 
     with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process may close it at the same moment
         study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+
+def make_sampler(seed: int, startup_trials: int) -> BaseSampler:
+    """Return Optuna's TPE, seeded anew for each trial by its number.
+
+    After a restart the draws go on as without it, and processes that draw at the same moment draw different trials.
+
+    Args:
+        seed: Of the study.
+        startup_trials: So many are drawn by chance before the finished ones say where to look.
+    """
+    from optuna.samplers import BaseSampler, TPESampler
+
+    class Sampler(BaseSampler):  # type: ignore[misc] # optuna is not followed by mypy
+        inner: BaseSampler
+
+        def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+            own_seed = (seed * 1_000_003 + trial.number) % 2**32
+            self.inner = TPESampler(seed=own_seed, n_startup_trials=startup_trials)
+            self.inner.before_trial(study, trial)
+
+        def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
+            return self.inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Any) -> Any:
+            return self.inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
+            return self.inner.sample_independent(study, trial, param_name, param_distribution)
+
+    return Sampler()
+
+
+@contextmanager
+def claim(study: Study, name: str) -> Iterator[None]:
+    """Let one process at a time do what is called `name`; the others wait for it.
+
+    An empty study of that name, beside `study`, is the token: to create one is what every storage does for a single
+    process only. The claim of a process that is gone is taken over.
+    """
+    import optuna
+
+    storage = study._storage
+    while True:
+        try:
+            token = optuna.create_study(storage=storage, study_name=name)
+        except optuna.exceptions.DuplicatedStudyError:
+            if not _drop_stale_claim(storage, name):
+                time.sleep(CLAIM_POLL_S)
+        else:
+            break
+    token.set_user_attr(OWNER, identify_process())
+    try:
+        yield
+    finally:
+        with suppress(KeyError):  # taken over: this process was not heard of for too long
+            storage.delete_study(token._study_id)
+
+
+def _drop_stale_claim(storage: BaseStorage, name: str) -> bool:
+    """Remove a claim when its process is gone; return whether it may be tried for again at once."""
+    import optuna
+
+    try:
+        token = optuna.load_study(study_name=name, storage=storage)
+        owner, since = token.user_attrs.get(OWNER), token.user_attrs.get(SINCE)
+        if since is None:
+            token.set_user_attr(SINCE, time.time())  # by the clock of whoever waits
+            since = time.time()
+        unknown = owner is None or owner["host"] != socket.gethostname()
+        gone: bool = time.time() - since > CLAIM_LASTS_S if unknown else not is_alive(owner)
+        if gone:
+            storage.delete_study(token._study_id)  # this one, not one that somebody has made since
+    except KeyError:  # given back, or dropped by another process, just now
+        return True
+    return gone
 
 
 @contextmanager
@@ -202,6 +333,13 @@ def plain_study_errors(function: Callable[P, R]) -> Callable[P, R]:
             ) from error
 
     return wrapper
+
+
+def trial_state(name: str) -> Any:
+    """Optuna's state of that name: COMPLETE, PRUNED, FAIL, RUNNING or WAITING."""
+    from optuna.trial import TrialState
+
+    return TrialState[name]
 
 
 def to_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class RunRecord:
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
+    parent_run_id: str = ""  # of the study, when it is a trial of one
 
 
 class Tracker(Registry):
@@ -222,6 +224,14 @@ class Tracker(Registry):
         return _to_record(self._client.get_run(run_id))
 
     @plain_errors
+    def match_runs(self, prefix: str) -> list[RunRecord]:
+        """Runs of the experiment, registered or not, whose id begins with `prefix` (hex digits), newest first."""
+        if not re.fullmatch(r"[0-9a-f]+", prefix):
+            return []
+        found = self._client.search_runs([self._experiment_id], f"attributes.run_id LIKE '{prefix}%'")
+        return [_to_record(run) for run in found]
+
+    @plain_errors
     def download_model(self, run_id: str, to: Path) -> Path:
         """Fetch the model of a run into the folder `to`.
 
@@ -294,4 +304,5 @@ def _to_record(run: Any) -> RunRecord:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
         tags={name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")},
+        parent_run_id=run.data.tags.get("mlflow.parentRunId", ""),
     )

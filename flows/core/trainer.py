@@ -1,4 +1,4 @@
-"""How a fit uses sentence-transformers' trainer: losses, batches, arguments, callbacks.
+"""How a fit uses sentence-transformers' trainer: batches, arguments, callbacks.
 
 Core layer, heavy: imports torch and the trainer at the top. flows/core/training.py loads it when a fit starts.
 """
@@ -19,23 +19,14 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
-from sentence_transformers.sentence_transformer.losses import (
-    AnglELoss,
-    CoSENTLoss,
-    CosineSimilarityLoss,
-    MultipleNegativesRankingLoss,
-)
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from flows.params import TrainParams
 
-LOSS_CLASSES = {
-    "cosine_similarity": CosineSimilarityLoss,
-    "cosent": CoSENTLoss,
-    "angle": AnglELoss,
-    "multiple_negatives_ranking": MultipleNegativesRankingLoss,
-}
 WARMUP_SHARE = 10  # a tenth of the steps; none below ten, since the first step of a warm-up has rate 0
+LABEL_COLUMNS = ("score", "label")
+RANKING_COLUMNS = {"query", "document"}
 POOL_BATCHES = 10  # as many batches are sorted by length together
 
 Columns = Mapping[str, Sequence[Any]]
@@ -45,7 +36,7 @@ StepHook = Callable[[int, float, float], bool]  # step, loss, gradient norm -> w
 def run_trainer(
     model: SentenceTransformer,
     columns: Mapping[str, Columns],
-    losses: Mapping[str, str],
+    losses: Mapping[str, nn.Module],
     params: TrainParams,
     *,
     scratch: Path,
@@ -55,8 +46,8 @@ def run_trainer(
 
     Args:
         model: Parameters that do not require a gradient stay as they are.
-        columns: Kind of data -> columns. Scored pairs hold `score` beside two columns of text.
-        losses: Kind of data -> name of its loss, the same kinds.
+        columns: Kind of data -> columns. Beside the texts `score` or `label`: what the loss gets as labels.
+        losses: Kind of data -> its loss, the same kinds.
         params: Steps, batch size, learning rate, seed.
         scratch: Folder that the trainer may write to; nothing in it is needed afterwards.
         on_step: Called after each optimizer step; true ends the training.
@@ -85,7 +76,7 @@ def run_trainer(
             disable_tqdm=True,
         ),
         train_dataset=DatasetDict({kind: Dataset.from_dict(dict(columns[kind])) for kind in losses}),
-        loss={kind: LOSS_CLASSES[name](model) for kind, name in losses.items()},
+        loss=dict(losses),
         callbacks=[_StepCallback(on_step)],
     )
     trainer.remove_callback(PrinterCallback)  # comes with disable_tqdm
@@ -131,12 +122,19 @@ class _LengthGroupedBatches(DefaultBatchSampler):  # type: ignore[misc]
 
 
 def _make_batch_sampler(dataset: Any, batch_size: int, generator: Any, seed: int, **_: Any) -> Any:
-    """Batches of scored pairs are grouped by length; ranking batches hold no text twice, being its own wrong answer."""
-    if "score" in dataset.column_names:
-        texts = (dataset[name] for name in dataset.column_names if name not in ("score", "dataset_name"))
-        lengths = [sum(map(len, row)) for row in zip(*texts, strict=True)]
-        return _LengthGroupedBatches(lengths, batch_size, generator, seed)
-    return NoDuplicatesBatchSampler(dataset, batch_size=batch_size, drop_last=False, generator=generator, seed=seed)
+    """Batches are grouped by length; but ranking batches hold no text twice, each being the others' wrong answer."""
+    if RANKING_COLUMNS.issubset(dataset.column_names):
+        return NoDuplicatesBatchSampler(
+            dataset,
+            batch_size=batch_size,
+            drop_last=False,
+            valid_label_columns=list(LABEL_COLUMNS),
+            generator=generator,
+            seed=seed,
+        )
+    texts = (dataset[name] for name in dataset.column_names if name not in (*LABEL_COLUMNS, "dataset_name"))
+    lengths = [sum(map(len, row)) for row in zip(*texts, strict=True)]
+    return _LengthGroupedBatches(lengths, batch_size, generator, seed)
 
 
 @contextmanager

@@ -51,10 +51,12 @@ def small_evaluate() -> EvaluateParams:
 @pytest.fixture
 def small_tune(tiny_model_path: Path) -> TuneParams:
     space = SearchSpace(base_model=[str(tiny_model_path)], steps=[2, 6], batch_size=[4, 8], max_tokens=[32])
-    return TuneParams(trials=2, minutes=5, space=space)
+    return TuneParams(trials=2, minutes=5, space=space, costs=["bytes_per_vector"])  # the one that needs no export
 
 
 @pytest.fixture
 def any_gain() -> ReleaseParams:
-    """A gate that lets a model of a few steps pass."""
-    return ReleaseParams(min_gain=-1.0)
+    """Gates of quality and speed that let a model of a few steps, and a busy machine, pass."""
+    return ReleaseParams(
+        min_gain=-2.0, champion_margin=-2.0, slice_max_drop=2.0, max_calibration_error=1.0, max_slowdown=1000.0
+    )

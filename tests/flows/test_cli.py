@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.core.history import Act, begin_act
+from flows.core.promotion import carry_out
+from flows.core.release_lock import ReleaseLock
+from flows.core.tracking import open_tracker
 from flows.params import DATA_ADDRESSES
+from flows.settings import load_settings
+from tests.flows.core.test_registry import register_run
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -29,7 +35,7 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for command in ("up", "train", "tune", "release", "pipeline", "status", "serve"):
+    for command in ("up", "train", "tune", "release", "rollback", "pipeline", "status", "history", "serve"):
         assert f" {command} " in text
 
 
@@ -56,6 +62,8 @@ def test_every_training_command_takes_the_common_options(
         (["serve"], "champion"),
         (["serve", "--port", "0"], "--port"),
         (["release", "--run", "nope"], "nope"),
+        (["rollback"], "a rollback needs a reason: --reason"),
+        (["rollback", "--reason", "x", "--admin-key-file"], "--admin-key-file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -113,6 +121,58 @@ def test_status_of_an_empty_registry_says_how_to_begin(
     assert json.loads(lines[-1])["versions"] == []
 
 
+def test_the_history_of_an_empty_registry_is_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "history", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "nothing was released yet" in " ".join(lines)
+    assert json.loads(lines[-1])["history"] == []
+
+
+def test_status_and_history_show_versions_acts_who_is_at_work_and_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    settings = load_settings()
+    tracker = open_tracker(settings)
+    for _ in range(2):
+        register_run(tracker)
+    acts = [
+        Act(at="", kind="release", version="1"),
+        Act(at="", kind="release", version="2", replaces="1", compat="adapter"),
+        Act(at="", kind="rollback", version="1", replaces="2", reason="slow on short queries"),
+    ]
+    with ReleaseLock(tracker, "release of version 7"):
+        for act in acts:
+            tags = {"bento_tag": f"ekiben:{act.version}", "space_id": f"s{act.version}", "verdict": "passed"}
+            with_lock = ReleaseLock(tracker, "a test")
+            monkeypatch.setattr(with_lock, "check", lambda: None)
+            carry_out(tracker, with_lock, act, tags=tags, previous="", home=settings.bento_store_path)
+        begin_act(tracker, Act(at="", kind="release", version="2", replaces="1"))  # and killed
+        tracker.set_alias("previous", "2")  # by hand
+        assert run(monkeypatch, "status", "--json") == 0
+        out = capsys.readouterr().out
+    content = json.loads(out.splitlines()[-1])
+    assert content["aliases"] == {"champion": "1", "previous": "2"}
+    assert [item["replaces"] for item in content["versions"]] == ["1", ""]
+    assert content["at_work"][0].startswith("release of version 7 by ")
+    assert any("previous is nothing there and version 2 in the registry" in item for item in content["warnings"])
+    assert any("ekiben:1 is not in the Bento store" in item for item in content["warnings"])
+    for shown in ("champion", "passed", "at work: release of version 7", "not as it should be on this machine"):
+        assert shown in out
+    assert run(monkeypatch, "history", "--json") == 0
+    out = capsys.readouterr().out
+    history = json.loads(out.splitlines()[-1])["history"]
+    assert [(act["kind"], act["version"], act["done"]) for act in history] == [
+        ("release", "2", False),
+        ("rollback", "1", True),
+        ("release", "2", True),
+        ("release", "1", True),
+    ]
+    for shown in ("release, not carried through", "slow on short queries", "adapter"):
+        assert shown in out
+
+
 @pytest.mark.parametrize("home", [".", ".."])
 def test_fresh_never_moves_the_current_folder(
     home: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -136,8 +196,6 @@ def test_a_setting_or_home_that_cannot_be_used_is_bad_input(
 
 
 def test_fresh_moves_the_old_state_aside(own_folder: Path) -> None:
-    from flows.settings import load_settings
-
     home = own_folder / "home"
     home.mkdir()
     (home / "mlflow.db").write_text("precious")

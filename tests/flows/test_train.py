@@ -2,19 +2,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from flows.core.compat import PROBE_FILE
+from flows.core.heldout import TEST_RETRIEVAL_FILE, read_test
 from flows.core.lineage import trace_version
+from flows.core.probes import read_probe
 from flows.core.processes import identify_process
+from flows.core.recorded import VECTORS_FILE, read_json, read_recorded
 from flows.core.tracking import open_tracker
 from flows.errors import DataError, ParamsError
 from flows.params import DataParams, EvaluateParams, TrainParams
 from flows.settings import load_settings
-from flows.stages import EVALUATION_FOLDER, PROCESS_TAG, TEST_RETRIEVAL_FILE, load, read_test
+from flows.stages import EVALUATION_FOLDER, PROCESS_TAG, load
 from flows.train import train
+from tests.factories import make_tiny_lunchbox
 from tests.flows.support import mlflow_runs, write_profiles, write_retrieval
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -23,11 +30,26 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 def test_train_leaves_a_registered_version_with_everything_that_leads_back(
     data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, tmp_path: Path
 ) -> None:
-    result = train(data=data, train=small_train, evaluate=small_evaluate)
+    table = pd.read_csv(str(data.pairs))
+    table.assign(topic=[f"topic {row % 4}" for row in range(len(table))]).to_csv(str(data.pairs), index=False)
+    os.utime(str(data.pairs), (1_700_000_000, 1_700_000_000))
+
+    result = train(
+        data=data.model_copy(update={"slice_columns": ["topic"]}), train=small_train, evaluate=small_evaluate
+    )
 
     tracker = open_tracker(load_settings())
     run = tracker.find_run(result.run_id)
     lineage = trace_version(tracker, result.version)
+    assert run.tags["data_time"] == "2023-11-14T22:13:20+00:00"
+    assert run.metrics["data/leaked_share"] == 0
+    assert "anchor" not in run.tags
+    kept = tracker.download_artifact(result.run_id, EVALUATION_FOLDER, tmp_path / "kept")
+    rows = pd.read_parquet(kept / "test_rows.parquet")
+    assert set(rows["topic"]) == {f"topic {number}" for number in range(4)}
+    probe = read_probe(kept / PROBE_FILE)
+    assert probe is not None
+    assert set(probe.queries) <= set(rows["text_a"])
     assert run.status == "FINISHED"
     assert lineage.run_id == result.run_id
     assert lineage.data_path == str(data.pairs)
@@ -36,6 +58,13 @@ def test_train_leaves_a_registered_version_with_everything_that_leads_back(
     assert lineage.aliases == ()
     assert run.params["train.steps"] == "4"
     assert run.params["train.seed"] == "42"
+    recorded = read_recorded(tracker, run)
+    assert (recorded.exact, recorded.root) == (True, Path.cwd())
+    assert recorded.params["data"]["slice_columns"] == ["topic"]
+    assert recorded.params["train"] == small_train.model_dump()
+    canary = read_json(tracker, run.run_id, VECTORS_FILE)
+    assert canary is not None
+    assert {len(vector) for vector in canary["vectors"]} == {32}
     for prefix in ("eval", "base"):
         for metric in ("mae", "accuracy", "spearman", "pearson"):
             assert f"{prefix}/{metric}" in run.metrics
@@ -46,6 +75,55 @@ def test_train_leaves_a_registered_version_with_everything_that_leads_back(
     model = SentenceTransformer(str(tracker.download_model(result.run_id, tmp_path / "model")))
     assert model.encode(["a chef"]).shape == (1, 32)
     assert model.max_seq_length == 32
+
+
+def test_a_retrain_stays_near_the_champion_and_says_how_near(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams
+) -> None:
+    settings = load_settings()
+    tracker = open_tracker(settings)
+    anchored = small_train.model_copy(update={"anchor_weight": 50.0, "steps": 12})
+
+    first = train(data=data, train=anchored, evaluate=small_evaluate)  # there is no champion yet
+
+    assert "anchor" not in tracker.find_run(first.run_id).tags
+    tag = f"{first.version}-{first.run_id[:8]}"
+    box = settings.lunchboxes_path / tag  # of a model in another space, as if the first run had ended there
+    make_tiny_lunchbox(box, version=first.version, run_id=first.run_id, seed=3)
+    tracker._client.set_registered_model_alias(settings.model_name, "champion", first.version)
+
+    runs = [
+        tracker.find_run(train(data=data, train=params, evaluate=small_evaluate).run_id)
+        for params in (anchored, anchored.model_copy(update={"anchor_weight": 0.01}))
+    ]
+
+    assert [run.tags["anchor"] for run in runs] == [f"ekiben:{tag}"] * 2
+    near, far = (run.metrics["anchor/same_text_cosine"] for run in runs)
+    assert far < near <= 1
+    state = train(
+        data=data,
+        train=anchored.model_copy(update={"dimensions": 16}),
+        evaluate=small_evaluate,
+        return_state=True,
+    )
+    with pytest.raises(ParamsError, match=f"stay near ekiben:{tag}, whose vectors have 32 dimensions"):
+        state.result()
+
+
+def test_a_smaller_student_is_trained_and_kept(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, tmp_path: Path
+) -> None:
+    smaller = small_train.model_copy(update={"layers": 1, "distill_steps": 6, "dimensions": 16})
+
+    result = train(data=data, train=smaller, evaluate=small_evaluate)
+
+    tracker = open_tracker(load_settings())
+    assert [step for step, _ in tracker.metric_history(result.run_id, "train/distill_loss")] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in tracker.metric_history(result.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert result.metrics["eval/spearman"] == tracker.find_run(result.run_id).metrics["eval/spearman"]
+    model = SentenceTransformer(str(tracker.download_model(result.run_id, tmp_path / "model")))
+    assert model.encode(["a chef"]).shape == (1, 16)
+    assert model.transformers_model.config.num_hidden_layers == 1
 
 
 def test_a_failed_training_ends_red_in_prefect_and_in_mlflow(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bentos.manifest import Calibration
-from flows.core.calibration import MAX_KNOTS, fit_calibration, fit_threshold
+from flows.core.calibration import MAX_KNOTS, calibration_error, fit_calibration, fit_threshold
 
 COSINES = st.floats(-1, 1, width=32)
 ROWS = st.lists(st.tuples(COSINES, st.floats(0, 1, width=32)), min_size=1, max_size=200)
@@ -98,3 +98,21 @@ def test_threshold_of_one_sided_labels_calls_all_pairs_alike() -> None:
     cosines = np.array([0.2, 0.6])
     assert (cosines >= fit_threshold(cosines, [0.9, 0.8], 0.5)).all()
     assert not (cosines >= fit_threshold(cosines, [0.1, 0.2], 0.5)).any()
+
+
+def test_the_calibration_error_is_the_distance_of_means_over_bins() -> None:
+    identity = Calibration(cosines=[0.0, 1.0], scores=[0.0, 1.0])
+    cosines = np.repeat([0.2, 0.8], 30)
+    assert calibration_error(identity, cosines, cosines) == pytest.approx(0.0)
+    assert calibration_error(identity, cosines, np.repeat([0.3, 0.7], 30)) == pytest.approx(0.1)
+    assert calibration_error(identity, cosines, np.repeat([0.3, 0.3], 30)) == pytest.approx((0.1 + 0.5) / 2)
+    assert calibration_error(identity, cosines[20:40], np.full(20, 0.5)) == pytest.approx(0.0)  # too few for two bins
+    assert calibration_error(identity, [], []) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=1, max_size=300))
+def test_the_calibration_error_lies_between_nothing_and_the_mean_error(rows: list[tuple[float, float]]) -> None:
+    cosines, scores = map(list, zip(*rows, strict=True))
+    calibration = Calibration(cosines=[-1.0, 0.0, 1.0], scores=[0.0, 0.3, 1.0])
+    mean_error = float(np.abs(calibration.apply(cosines) - np.asarray(scores)).mean())
+    assert 0.0 <= calibration_error(calibration, cosines, scores) <= mean_error + 1e-9

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pandas as pd
 import pytest
 
 from flows.core.dataset import Dataset, prepare_dataset, read_data
@@ -168,3 +171,71 @@ def test_refusing_leaks_does_not_refuse_what_our_own_split_did(tmp_path: Path) -
     write_pairs(tmp_path / "x.csv", extra="query 17,answer,1\n")
     with pytest.raises(DataError, match=r"x.csv shares 1 texts with test, for instance 'query 17'"):
         load(tmp_path, **given, leaks="refuse")
+
+
+def write_sliced(path: Path, count: int = 120, *, prefix: str = "") -> str:
+    rows = [f"{prefix}one {i},{prefix}other {i},{i % 5 / 4},{'de' if i % 3 else ''},{i % 2}" for i in range(count)]
+    path.write_text("text_a,text_b,score,language,source\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return path.name
+
+
+def test_slice_columns_stay_with_their_rows_in_every_split(tmp_path: Path) -> None:
+    pairs = write_sliced(tmp_path / "x.csv")
+    test = write_sliced(tmp_path / "test.csv", 20, prefix="held ")
+    dataset = load(tmp_path, pairs=pairs, test=test, slice_columns=["language", "source"])
+    for part in (dataset.train, dataset.dev, dataset.test):
+        assert list(part.pairs.columns) == ["text_a", "text_b", "score", "language", "source"]
+        for row in part.pairs.itertuples():
+            number = int(row.text_a.split()[-1])
+            assert row.source == str(number % 2)
+            assert row.language == "de" if number % 3 else pd.isna(row.language)
+    assert list(load(tmp_path, pairs=pairs).train.pairs.columns) == ["text_a", "text_b", "score"]
+
+
+def test_judgements_bring_slice_columns_too(tmp_path: Path) -> None:
+    profiles = [{"id": i, "title": f"person {i}"} for i in range(60)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, profiles)))
+    rows = "".join(f"role {i},{i},{i % 5 / 4},{i % 2}\n" for i in range(60))
+    (tmp_path / "j.csv").write_text("query,profile_id,relevance,region\n" + rows)
+    dataset = load(tmp_path, profiles="p.jsonl", judgements="j.csv", slice_columns=["region"], min_eval_rows=5)
+    assert set(dataset.test.pairs["region"]) == {"0", "1"}
+
+
+@pytest.mark.parametrize("lacking", ["pairs", "test"])
+def test_a_missing_slice_column_is_refused_before_training(tmp_path: Path, lacking: str) -> None:
+    files = {"pairs": write_sliced(tmp_path / "x.csv"), "test": write_sliced(tmp_path / "t.csv", 20, prefix="held ")}
+    files[lacking] = write_pairs(tmp_path / "plain.csv", prefix="plain ")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, **files, slice_columns=["language"])
+    message = str(caught.value)
+    for part in ("plain.csv has no column 'language'", "found: text_a, text_b, score", "data.slice_columns"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["score"], "fills itself"),
+        (["tuned_cosine"], "fills itself"),
+        (["language", "language"], "twice"),
+        ([" "], "empty name"),
+    ],
+)
+def test_slice_columns_that_cannot_be_are_refused_before_any_file_is_read(
+    tmp_path: Path, names: list[str], found: str
+) -> None:
+    with pytest.raises(DataError, match=found):
+        load(tmp_path, pairs="not there.csv", slice_columns=names)
+
+
+def test_slice_columns_need_pairs(tmp_path: Path) -> None:
+    write_beir(tmp_path / "beir", train=relevant(*range(20)))
+    with pytest.raises(DataError, match="columns of pairs, but there are only retrieval data"):
+        load(tmp_path, retrieval="beir", slice_columns=["language"])
+
+
+def test_the_data_are_as_old_as_their_newest_file(tmp_path: Path) -> None:
+    train, test = write_pairs(tmp_path / "train.csv"), write_pairs(tmp_path / "test.csv", 20, prefix="held ")
+    os.utime(tmp_path / train, (1_700_000_000, 1_700_000_000))
+    os.utime(tmp_path / test, (1_600_000_000, 1_600_000_000))
+    assert load(tmp_path, pairs=train, test=test).modified_at == datetime.fromtimestamp(1_700_000_000, tz=UTC)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,11 +13,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Dropout, Normalize, StaticEmbedding
 from tokenizers import Tokenizer
 
+from bentos.lunchbox import open_lunchbox
 from flows.core import graph
 from flows.core.export import dissect_model, export_model, find_max_tokens, hash_weights, write_tokenizer
 from flows.core.graph import make_encoder, write_graph
+from flows.core.heads import attach_head, note_nested_dims, set_head
+from flows.core.models import load_base_model
+from flows.core.training import save_model
 from flows.errors import UnsupportedModelError
-from tests.factories import TINY_DIM, TINY_MAX_TOKENS, make_tiny_model
+from tests.factories import TINY_DIM, TINY_MAX_TOKENS, make_tiny_lunchbox, make_tiny_model
 
 
 def load(path: Path) -> SentenceTransformer:
@@ -37,7 +42,7 @@ def test_an_export_is_two_files_with_free_axes_and_nothing_of_this_machine(
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
     assert (export.dim, export.max_tokens, export.pooling) == (TINY_DIM, TINY_MAX_TOKENS, "mean")
-    assert (export.normalize, export.prompts, export.default_prompt) == (True, {}, None)
+    assert (export.normalize, export.prompts, export.default_prompt, export.nested_dims) == (True, {}, None, ())
     assert {path.name for path in box.iterdir()} == {"model.fp32.onnx", "tokenizer.json"}
     for path in box.iterdir():  # exporting again gives the same bytes
         assert path.read_bytes() == (tiny_lunchbox_path / path.name).read_bytes()
@@ -54,6 +59,23 @@ def test_an_export_is_two_files_with_free_axes_and_nothing_of_this_machine(
         "vectors": ["batch", TINY_DIM],
         "unit_vectors": ["batch", TINY_DIM],
     }
+
+
+def test_a_model_of_fewer_dimensions_is_exported_and_certified_like_any_other(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    body = load_base_model(str(tiny_model_path), layers=1)
+    model = attach_head(body, 24, "tiny")
+    set_head(model, np.random.default_rng(0).normal(size=(24, TINY_DIM)))
+    note_nested_dims(model, (24, 12))
+    save_model(model, tmp_path / "model")
+    box = make_tiny_lunchbox(tmp_path / "box", model_path=tmp_path / "model")  # certifies to 0.9999
+    opened = open_lunchbox(box)
+    texts = ["a young child rides a horse", "jazz"]
+    assert opened.manifest.dim == 24
+    assert opened.manifest.nested_dims == [12]
+    assert np.allclose(opened.engine.embed(texts), load(tmp_path / "model").encode(texts), atol=1e-5)
+    assert export_model(tmp_path / "model", tmp_path).nested_dims == (12,)
 
 
 def test_the_hash_of_the_weights_is_of_every_weight_and_head(tiny_model_path: Path, tmp_path: Path) -> None:

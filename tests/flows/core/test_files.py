@@ -7,13 +7,14 @@ import http.server
 import os
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-from flows.core.files import MissingFileError, md5_of, md5_of_files, read_bytes
+from flows.core.files import MissingFileError, md5_of, md5_of_files, modified_at, read_bytes
 from flows.errors import DataError
 
 
@@ -25,6 +26,8 @@ class Shop(http.server.BaseHTTPRequestHandler):
         body = b"a\n1\n" if status == 200 else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if self.path.endswith("dated.csv"):
+            self.send_header("Last-Modified", "Tue, 14 Nov 2023 22:13:20 GMT")
         self.end_headers()
         self.wfile.write(body)
 
@@ -161,3 +164,24 @@ def test_one_file_has_its_own_md5_and_several_have_that_of_their_list() -> None:
     both = md5_of_files({"pairs": "abc", "test": "def"})
     assert both == md5_of(b'[["pairs", "abc"], ["test", "def"]]') == md5_of_files({"test": "def", "pairs": "abc"})
     assert both != md5_of_files({"pairs": "def", "test": "abc"})
+
+
+def test_the_time_of_the_last_change_is_told_by_whoever_knows_it(tmp_path: Path, shop: str) -> None:
+    (tmp_path / "x.csv").write_bytes(b"a\n1\n")
+    os.utime(tmp_path / "x.csv", (1_700_000_000, 1_700_000_000))
+    then = datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+    assert modified_at("x.csv", root=tmp_path) == then
+    assert modified_at(f"{shop}/200-dated.csv", root=tmp_path) == then
+    assert modified_at(f"{shop}/200.csv", root=tmp_path) is None
+    before = datetime.now(tz=UTC)
+    with fsspec.open("memory://times/x.csv", "wb") as file:
+        file.write(b"a\n1\n")
+    written = modified_at("memory://times/x.csv", root=tmp_path)
+    assert written is not None
+    assert before <= written <= datetime.now(tz=UTC)
+
+
+@pytest.mark.parametrize("address", ["missing.csv", "nonsense://x.csv", "http://127.0.0.1:1/x.csv"])
+def test_a_time_that_nobody_tells_is_no_error(tmp_path: Path, address: str) -> None:
+    assert modified_at(address, root=tmp_path) is None
+    assert modified_at(address, root=tmp_path, revision="v1") is None

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.core.leaks import refuse_shared_pairs, remove_leaks
+from flows.core.dataset import Part
+from flows.core.leaks import find_leaked_share, refuse_shared_pairs, remove_leaks
+from flows.core.retrieval import Retrieval
 from flows.errors import DataError
 from flows.params import DataParams
 
@@ -89,3 +91,32 @@ def test_a_held_out_file_with_pairs_of_the_training_file_is_refused() -> None:
 def test_the_same_file_for_dev_and_test_is_refused() -> None:
     with pytest.raises(DataError, match=r"1 of the 1 pairs in test.csv stand in dev.csv too"):
         refuse_shared_pairs(frames(train=["ab"], dev=["xy"], test=["xy"]), NAMES, DataParams())
+
+
+def part_of(*rows: tuple[str, str], queries: dict[str, str] | None = None) -> Part:
+    retrieval = None if queries is None else Retrieval({"d": "a shared document"}, queries, {})
+    return Part(frames(train=rows)["train"], retrieval)
+
+
+def test_texts_that_differ_in_case_and_punctuation_only_are_leaks() -> None:
+    train = part_of(("A man plays the guitar.", "x"), ("caf\u00e9", "y"), queries={"1": "How  old, is it?"})
+    test = part_of(
+        ("a man plays -- the GUITAR", "z"), ("cafe\u0301", "new"), queries={"2": "how old is it", "3": "why"}
+    )
+    assert find_leaked_share(train, test) == 3 / 6
+    assert find_leaked_share(test, part_of(("a man plays a guitar", "!"))) == 0.0  # another word is another text
+
+
+def test_documents_and_texts_without_a_word_are_no_leaks_by_themselves() -> None:
+    train, test = part_of(("...", "a b"), queries={"1": "q"}), part_of(("!!", "c"), queries={"2": "r"})
+    assert find_leaked_share(train, test) == 0.0
+    assert find_leaked_share(train, part_of()) == 0.0
+
+
+@given(ROWS, ROWS)
+def test_the_leaked_share_is_a_share_and_all_of_it_when_train_has_all(train: Any, test: Any) -> None:
+    both = part_of(*train, *test)
+    if test:
+        assert (
+            0.0 <= find_leaked_share(part_of(*train), part_of(*test)) <= find_leaked_share(both, part_of(*test)) == 1.0
+        )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import bentoml
-import psutil
 import pytest
 
 from bentos.errors import LunchboxError
-from bentos.manifest import Manifest, read_manifest, sha256_file, write_manifest
-from flows.core.packing import bento_exists, build_bento, is_stored, model_tag, remove_bento, smoke_test, store_model
-from flows.errors import EkibenError, InputError, SmokeTestError
+from bentos.manifest import Manifest, read_manifest, write_manifest
+from flows.core.packing import (
+    bento_exists,
+    build_bento,
+    hash_manifest,
+    install,
+    is_stored,
+    model_tag,
+    point_latest,
+    stage_bento,
+    store_model,
+    stored_path,
+)
+from flows.errors import EkibenError, InputError
 from tests.serving import bento_home, copy_lunchbox
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +56,7 @@ def box(tiny_lunchbox_path: Path, tmp_path: Path) -> Path:
     return copy_lunchbox(tiny_lunchbox_path, tmp_path / "box", version="7", run_id=uuid.uuid4().hex)
 
 
-def stored_path(home: Path, manifest: Manifest) -> Path:
+def stored_folder(home: Path, manifest: Manifest) -> Path:
     return home / "models" / f"{manifest.name}-model" / manifest.bento_version
 
 
@@ -59,26 +67,32 @@ def test_a_stored_model_is_the_lunchbox(home: Path, box: Path) -> None:
     assert is_stored(manifest)
     assert not is_stored(manifest.model_copy(update={"default_precision": "int8"}))  # packed anew
     assert tag == model_tag(manifest) == f"ekiben-model:{manifest.bento_version}"
-    assert read_manifest(stored_path(home, manifest)) == manifest
+    assert read_manifest(stored_folder(home, manifest)) == manifest
     assert bentoml.models.get(tag).info.labels["run_id"] == manifest.run_id
+    assert stored_path(manifest) == stored_folder(home, manifest)
+
+
+def test_a_model_that_is_not_stored_has_no_folder(box: Path) -> None:
+    with pytest.raises(LunchboxError, match=r"ekiben-model:7-.* is not in the model store; release the version again"):
+        stored_path(read_manifest(box))
 
 
 def test_storing_again_changes_nothing(home: Path, box: Path) -> None:
     manifest = read_manifest(box)
     store_model(box, manifest)
-    before = {path: path.stat().st_mtime_ns for path in stored_path(home, manifest).iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in stored_folder(home, manifest).iterdir()}
     store_model(box, manifest)
-    assert before == {path: path.stat().st_mtime_ns for path in stored_path(home, manifest).iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in stored_folder(home, manifest).iterdir()}
 
 
 @pytest.mark.parametrize("name", ["model.fp32.onnx", "manifest.json", "model.yaml"])
 def test_a_stored_copy_that_was_cut_short_is_replaced(home: Path, box: Path, name: str) -> None:
     manifest = read_manifest(box)
     store_model(box, manifest)
-    (stored_path(home, manifest) / name).unlink()
+    (stored_folder(home, manifest) / name).unlink()
     assert not is_stored(manifest)
     store_model(box, manifest)
-    assert (stored_path(home, manifest) / name).is_file()
+    assert (stored_folder(home, manifest) / name).is_file()
 
 
 def test_an_altered_lunchbox_is_not_stored(home: Path, box: Path) -> None:
@@ -86,7 +100,7 @@ def test_an_altered_lunchbox_is_not_stored(home: Path, box: Path) -> None:
     (box / "tokenizer.json").write_text("{}")
     with pytest.raises(LunchboxError, match=r"tokenizer\.json"):
         store_model(box, manifest)
-    assert not stored_path(home, manifest).exists()
+    assert not stored_folder(home, manifest).exists()
 
 
 def test_a_bento_is_built_once_and_found_by_its_whole_tag(home: Path, built: Manifest) -> None:
@@ -99,7 +113,7 @@ def test_a_bento_is_built_once_and_found_by_its_whole_tag(home: Path, built: Man
     assert not bento_exists("ekiben:99-ffffffff")
 
 
-def test_a_bento_that_was_cut_short_is_built_again_and_a_removed_one_is_gone(home: Path, box: Path) -> None:
+def test_a_bento_that_was_cut_short_is_built_again(home: Path, box: Path) -> None:
     manifest = read_manifest(box)
     half = home / "bentos" / manifest.name / manifest.bento_version
     (half / "src").mkdir(parents=True)
@@ -107,9 +121,6 @@ def test_a_bento_that_was_cut_short_is_built_again_and_a_removed_one_is_gone(hom
     store_model(box, manifest)
     build_bento(manifest, root=ROOT)
     assert (half / "bento.yaml").is_file()
-    remove_bento(manifest.tag)
-    assert not half.exists()
-    remove_bento(manifest.tag)
 
 
 def test_a_folder_without_a_bentofile_is_named(built: Manifest, tmp_path: Path) -> None:
@@ -133,46 +144,59 @@ def test_a_build_without_its_model_says_so(box: Path) -> None:
         build_bento(manifest, root=ROOT)
 
 
-def test_a_good_bento_passes_the_smoke_test_and_is_measured(built: Manifest, tmp_path: Path) -> None:
-    log = tmp_path / "serve.log"
-    before = find_servers(built.tag)
-    measured = smoke_test(built.tag, built, log=log)
-    assert set(measured) == {"serve/p95_ms", "serve/texts_per_s", "serve/rss_mb", "serve/bytes_per_vector"}
-    assert all(value > 0 for value in measured.values())
-    assert measured["serve/bytes_per_vector"] == 4 * built.dim
-    assert built.tag in log.read_text()  # the server wrote to it
-    assert find_servers(built.tag) == before
+def test_what_is_staged_is_nowhere_else_until_it_is_installed(home: Path, box: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(box)
+    staged = tmp_path / "staged"
+    assert stage_bento(box, manifest, root=ROOT, home=staged) == manifest.tag
+    assert bento_exists(manifest.tag, home=staged)
+    assert is_stored(manifest, home=staged)
+    assert not bento_exists(manifest.tag)
+    assert not is_stored(manifest)
+    latest = home / "bentos" / manifest.name / "latest"
+    before = latest.read_text() if latest.is_file() else None
+    install(box, manifest, staged=staged)
+    assert bento_exists(manifest.tag)
+    assert is_stored(manifest)
+    assert (latest.read_text() if latest.is_file() else None) == before  # untested ones are never the latest
+    built = home / "bentos" / manifest.name / manifest.bento_version
+    assert {path.name for path in built.iterdir()} >= {"bento.yaml", "src"}
+    stamps = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    install(box, manifest, staged=staged)
+    assert stamps == {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    assert not list((home / "tmp").glob(".ekiben*"))
 
 
-def test_a_bento_with_wrong_vectors_fails_the_smoke_test(home: Path, built: Manifest, tmp_path: Path) -> None:
-    stored = stored_path(home, built)
-    kept = shutil.copytree(stored, home / "kept")
-    canary = json.loads((stored / "canary.json").read_text())
-    canary["vectors"] = [[-value for value in vector] for vector in canary["vectors"]]
-    (stored / "canary.json").write_text(json.dumps(canary))
-    files = built.files | {"canary.json": sha256_file(stored / "canary.json")}
-    write_manifest(stored, built.model_copy(update={"files": files}))
-    before = find_servers(built.tag)
-    try:
-        with pytest.raises(SmokeTestError, match=r"answered 503.*canary vectors are wrong.*log .* ends: ") as caught:
-            smoke_test(built.tag, built, log=tmp_path / "serve.log")
-    finally:
-        shutil.rmtree(stored)
-        kept.rename(stored)
-    assert "\n" not in str(caught.value)
-    assert find_servers(built.tag) == before
+def test_latest_means_the_version_that_it_is_told_to_mean(home: Path, built: Manifest, box: Path) -> None:
+    manifest = read_manifest(box)
+    store_model(box, manifest)
+    build_bento(manifest, root=ROOT)
+    for one in (built, manifest, built):
+        point_latest(one.name, one.bento_version, home)
+        assert str(bentoml.bentos.get(f"{one.name}:latest").tag) == one.tag
+        assert str(bentoml.models.get(f"{one.name}-model:latest").tag) == model_tag(one)
+    point_latest(built.name, "99-ffffffff", home)  # not in this store
+    assert str(bentoml.bentos.get("ekiben:latest").tag) == built.tag
 
 
-def test_a_bento_that_is_not_there_fails_the_smoke_test(built: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(SmokeTestError, match=r"ended with exit code 1.*not found"):
-        smoke_test("ekiben:99-ffffffff", built, log=tmp_path / "serve.log")
+def test_a_box_packed_anew_takes_the_place_of_the_old_one_in_one_instant(
+    home: Path, box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment is there no model under the tag: the folder is exchanged, not removed and made again."""
+    manifest = read_manifest(box)
+    store_model(box, manifest)
+    folder = stored_folder(home, manifest)
+    seen: list[bool] = []
+    for name in ("rename", "replace", "rmdir", "unlink"):
+        real = getattr(Path, name)
 
+        def watch(path: Path, *given: object, real: object = real, **named: object) -> object:
+            seen.append((folder / "manifest.json").is_file())
+            return real(path, *given, **named)  # type: ignore[operator]
 
-def test_a_bento_of_another_space_fails_the_smoke_test(built: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(SmokeTestError, match=r"X-Ekiben-Space is .*, expected 'another'"):
-        smoke_test(built.tag, built.model_copy(update={"space_id": "another"}), log=tmp_path / "serve.log")
-
-
-def find_servers(tag: str) -> set[int]:
-    """Processes that serve `tag`, workers included; those of other tests are the same before and after."""
-    return {process.pid for process in psutil.process_iter(["cmdline"]) if tag in (process.info["cmdline"] or [])}
+        monkeypatch.setattr(Path, name, watch)
+    anew = manifest.model_copy(update={"decision_threshold": 0.123})
+    write_manifest(box, anew)
+    store_model(box, anew)
+    assert is_stored(anew)
+    assert all(seen)
+    assert hash_manifest(folder) == hash_manifest(box)

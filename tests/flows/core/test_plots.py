@@ -9,7 +9,7 @@ import pytest
 
 from bentos.manifest import Calibration
 from flows.core.evaluation import Evaluation, Interval, Scores
-from flows.core.plots import write_plots
+from flows.core.plots import write_front_plot, write_plots
 
 LOSSES = [(step, 0.05 / step) for step in range(1, 61)]
 PAIR_METRICS = {"spearman": 0.8, "mae": 0.1, "mae_uncalibrated": 0.2, "accuracy": 0.7}
@@ -87,3 +87,35 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     before = plt.get_fignums()
     write_plots(make_evaluation(), LOSSES, tmp_path)
     assert plt.get_fignums() == before
+
+
+def front_row(trial: int, value: float, p95_ms: float, *, front: bool = True, taken: bool = False) -> dict[str, object]:
+    size = {"layers": trial or None, "dimensions": None, "precision": "auto", "bytes_per_vector": 1536.0}
+    return {"trial": trial, "value": value, "p95_ms": p95_ms, "front": front, "taken": taken, **size}
+
+
+def test_the_front_is_drawn_against_each_cost(tmp_path: Path) -> None:
+    rows = [
+        front_row(1, 0.7, 1.0), front_row(2, 0.8, 2.0, taken=True), front_row(3, 0.6, 4.0, front=False),
+        front_row(0, 0.84, 8.0),
+    ]  # fmt: skip
+    costs = ["p95_ms", "bytes_per_vector"]
+
+    def draw(name: str, costs: list[str], rows: list[dict[str, object]]) -> list[Path]:
+        return write_front_plot(rows, "spearman", costs, tmp_path / name, limits={"p95_ms": 9.0}, policy="knee")
+
+    paths = draw("both", costs, rows)
+    assert [path.name for path in paths] == ["front.png", "front.svg"]
+    assert paths[1].read_text().count("<svg") == 1
+    both, one = read_image(paths[0]), read_image(draw("one", costs[:1], rows)[0])
+    assert both[..., :3].std() > 0.05
+    assert both.shape[1] > one.shape[1]  # a panel more
+    moved = [dict(row, taken=row["trial"] == 1) for row in rows]
+    assert not np.array_equal(read_image(draw("moved", costs, moved)[0]), both)
+
+
+def test_a_front_of_one_trial_is_a_picture_too(tmp_path: Path) -> None:
+    (png, _) = write_front_plot(
+        [front_row(0, 0.8, 2.0, taken=True)], "spearman", ["p95_ms"], tmp_path, limits={}, policy="best-quality"
+    )
+    assert read_image(png)[..., :3].std() > 0.05

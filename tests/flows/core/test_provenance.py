@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from flows.core.provenance import git_commit, lock_sha256
+from flows.core.provenance import differing_packages, find_commit, git_commit, lock_sha256
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -61,3 +62,35 @@ def test_the_lock_is_hashed_and_may_be_missing(tmp_path: Path) -> None:
     lock.parent.mkdir()
     lock.write_bytes(b"numpy==2.4.0\n")
     assert lock_sha256(tmp_path) == hashlib.sha256(b"numpy==2.4.0\n").hexdigest()
+
+
+def test_a_commit_is_found_by_its_hash_and_by_nothing_else(repository: Path) -> None:
+    sha = git(repository, "rev-parse", "HEAD")
+    for name in (sha, sha[:8], f"{sha}-dirty"):
+        found = find_commit(repository, name)
+        assert found is not None
+        assert (found.sha, found.subject) == (sha, "first")
+        assert found.date.startswith("20")
+    for name in ("HEAD", "main", "", "--help", "f" * 40):
+        assert find_commit(repository, name) is None
+    assert find_commit(repository / "missing", sha) is None
+
+
+def test_only_pins_for_this_machine_are_compared(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    version = metadata.version("pytest").partition("+")[0]
+    lines = [
+        "# a comment",
+        f"pytest=={version}",
+        "hypothesis==0.0.1 \\",
+        "    --hash=sha256:abc",
+        "numpy==0.0.1 ; python_full_version < '3'",
+        "ruff[x]==0.0.2 ; python_full_version >= '3'  # why",
+        "nothing-of-that-name==1",
+        "--index-url https://example.org",
+    ]
+    lock.write_text("\n".join(lines))
+    assert differing_packages(lock) == {
+        "hypothesis": ("0.0.1", metadata.version("hypothesis")),
+        "ruff": ("0.0.2", metadata.version("ruff")),
+    }

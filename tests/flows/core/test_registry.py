@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import sqlalchemy
 from mlflow import MlflowClient
 
 from flows.core.registry import Release, clean_name, clean_tags
 from flows.core.tracking import Tracker
-from flows.errors import EkibenError, NothingReleasedError, ParamsError
+from flows.errors import NothingReleasedError, ParamsError
 
 
 def register_run(tracker: Tracker, *, spearman: float | None = None, data_md5: str = "d" * 32) -> Release:
@@ -31,11 +30,6 @@ def log_empty_model(tracker: Tracker, run_id: str) -> str:
 
 def raw_client(tracker: Tracker) -> MlflowClient:
     return MlflowClient(tracker.uri, tracker.uri)
-
-
-def execute(database: sqlalchemy.Engine, statement: str) -> None:
-    with database.begin() as connection:
-        connection.execute(sqlalchemy.text(statement))
 
 
 def aliases(tracker: Tracker) -> dict[str, str]:
@@ -82,69 +76,44 @@ def test_registering_needs_no_process_wide_tracking_address(tracker: Tracker, mo
     assert register_run(tracker).version == "1"
 
 
-def test_the_first_promotion_leaves_no_previous(tracker: Tracker) -> None:
-    register_run(tracker)
-    assert tracker.champion() is None
-    tracker.promote("1", tags={"bento_tag": "ekiben:1-abc"})
-    assert aliases(tracker) == {"champion": "1"}
-    champion = tracker.champion()
-    assert champion is not None
-    assert champion.tags["bento_tag"] == "ekiben:1-abc"
-
-
-def test_promoting_keeps_the_old_champion_as_previous(tracker: Tracker) -> None:
-    for _ in range(3):
-        register_run(tracker)
-    tracker.promote("1", tags={})
-    tracker.promote("2", tags={})
-    assert aliases(tracker) == {"champion": "2", "previous": "1"}
-    tracker.promote("3", tags={})
-    assert aliases(tracker) == {"champion": "3", "previous": "2"}
-
-
-def test_promoting_the_champion_again_changes_no_alias(tracker: Tracker) -> None:
+def test_an_alias_names_one_version_or_nothing(tracker: Tracker) -> None:
     for _ in range(2):
         register_run(tracker)
-    tracker.promote("1", tags={})
-    tracker.promote("2", tags={})
-    tracker.promote("champion", tags={"note": "again"})
+    tracker.set_alias("champion", None)
+    assert aliases(tracker) == {}
+    assert tracker.champion() is None
+    tracker.set_alias("champion", "1")
+    tracker.set_alias("champion", "2")
+    tracker.set_alias("previous", "1")
     assert aliases(tracker) == {"champion": "2", "previous": "1"}
-    assert tracker.version("2").tags["note"] == "again"
+    assert tracker.champion() == tracker.version("2")
+    tracker.set_alias("previous", None)
+    assert aliases(tracker) == {"champion": "2"}
 
 
-def test_a_promotion_that_breaks_off_between_its_aliases_can_be_completed(tracker: Tracker) -> None:
-    for _ in range(3):
-        register_run(tracker)
-    tracker.promote("1", tags={})
-    tracker.promote("2", tags={})
-    database = sqlalchemy.create_engine(tracker.uri)
-    for event in ("INSERT", "UPDATE"):
-        execute(
-            database,
-            f"CREATE TRIGGER no_{event} BEFORE {event} ON registered_model_aliases WHEN NEW.alias = 'champion' "
-            "BEGIN SELECT RAISE(ABORT, 'the power is gone'); END",
-        )
-    with pytest.raises(EkibenError, match="the power is gone"):
-        tracker.promote("3", tags={})
-    assert aliases(tracker) == {"champion": "2", "previous": "2"}  # the way back was written first
-    for event in ("INSERT", "UPDATE"):
-        execute(database, f"DROP TRIGGER no_{event}")
-    tracker.promote("3", tags={})
-    assert aliases(tracker) == {"champion": "3", "previous": "2"}
-
-
-def test_promoting_an_unknown_version_changes_nothing(tracker: Tracker) -> None:
+def test_the_registered_model_has_tags_of_its_own(tracker: Tracker) -> None:
+    assert tracker.model_tags() == {}
     register_run(tracker)
-    tracker.promote("1", tags={})
-    with pytest.raises(NothingReleasedError):
-        tracker.promote("7", tags={"bento_tag": "x"})
-    assert aliases(tracker) == {"champion": "1"}
+    tracker.set_model_tag("history.x", "{}")
+    assert tracker.model_tags() == {"history.x": "{}"}
+
+
+def test_a_name_can_be_taken_once(tracker: Tracker) -> None:
+    assert tracker.claim("ekiben-x", {"token": "a"}, description="for a test")
+    assert not tracker.claim("ekiben-x", {"token": "b"}, description="for a test")
+    assert tracker.claims("ekiben-") == {"ekiben-x": {"token": "a"}}
+    assert tracker.note_claim("ekiben-x", "beat", "1")
+    assert tracker.claims("ekiben-")["ekiben-x"] == {"token": "a", "beat": "1"}
+    tracker.unclaim("ekiben-x")
+    tracker.unclaim("ekiben-x")
+    assert tracker.claims("ekiben-") == {}
+    assert not tracker.note_claim("ekiben-x", "beat", "2")
 
 
 def test_every_form_of_a_reference_finds_its_version(tracker: Tracker) -> None:
     one, two, three = (register_run(tracker) for _ in range(3))
-    tracker.promote("1", tags={})
-    tracker.promote("2", tags={})
+    tracker.set_alias("previous", "1")
+    tracker.set_alias("champion", "2")
     meanings = {
         "1": "1",
         "v2": "2",
@@ -167,7 +136,7 @@ def test_every_form_of_a_reference_finds_its_version(tracker: Tracker) -> None:
 )
 def test_an_unknown_reference_lists_what_there_is(tracker: Tracker, ref: str) -> None:
     release = register_run(tracker)
-    tracker.promote("1", tags={})
+    tracker.set_alias("champion", "1")
     with pytest.raises(NothingReleasedError) as caught:
         tracker.version(ref)
     assert f"1-{release.run_id[:8]} (champion)" in str(caught.value)

@@ -13,7 +13,7 @@ import yaml
 
 from flows.core.dataset import prepare_dataset, read_data
 from flows.core.files import md5_of
-from flows.core.revisions import NotTrackedError, read_at_revision, resolve_revision
+from flows.core.revisions import NotTrackedError, committed_at, read_at_revision, resolve_revision
 from flows.errors import DataError
 from flows.params import DataParams
 
@@ -141,3 +141,26 @@ def test_a_retrieval_folder_at_a_revision_may_lack_dev_and_test(repository: Path
         DataError, match=r"beir/corpus.jsonl is not tracked at revision 'v1'.*retrieval data is a folder"
     ):
         read_data(DataParams(retrieval="beir", data_rev="v1"), root=other)
+
+
+def test_a_file_is_as_old_as_the_commit_that_last_changed_it(repository: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(repository, other)
+    (other / "README.md").write_text("another file")
+    run(other, "git", "add", "--all")
+    run(other, "git", "commit", "--quiet", "--message", "words only", "--date", "2030-01-01T00:00:00Z")
+    for tag in ("v1", "v2"):
+        expected = int(run(other, "git", "log", "-1", "--format=%ct", tag))
+        for name in ("data/cached.csv", "data/made.csv"):
+            found = committed_at(Path(name), tag, root=other)
+            assert found is not None
+            assert found.timestamp() == expected
+    latest = int(run(other, "git", "log", "-1", "--format=%ct", "v2"))
+    raw = read_data(DataParams(pairs="data/cached.csv", data_rev="main"), root=other)
+    assert raw.modified_at is not None
+    assert raw.modified_at.timestamp() == latest
+    made_by_a_stage = committed_at(Path("data/unknown.csv"), "main", root=other)  # then it is the revision's own time
+    assert made_by_a_stage is not None
+    assert made_by_a_stage.timestamp() == int(run(other, "git", "log", "-1", "--format=%ct", "main"))
+    with pytest.raises(DataError, match="no revision"):
+        committed_at(Path("data/cached.csv"), "v9", root=other)

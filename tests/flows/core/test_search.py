@@ -26,8 +26,8 @@ AMPLE_S = 1e6
 def open_search(
     storage: Path | str, *, base: TrainParams = BASE, space: SearchSpace = SPACE, trials: int = 6, seed: int = 42
 ) -> Search:
-    params = TuneParams(trials=trials, seed=seed, space=space)
-    return Search(storage, name=study_name(space, "spearman", "d" * 32, base), base=base, params=params)
+    params = TuneParams(trials=trials, seed=seed, space=space, costs=[])
+    return Search(storage, name=study_name(space, ["spearman"], "d" * 32, base), base=base, params=params)
 
 
 def score(params: TrainParams) -> float:
@@ -98,10 +98,10 @@ def test_the_first_candidate_is_the_base_wherever_it_lies(tmp_path: Path, base: 
 
 
 def test_what_the_space_does_not_vary_comes_from_the_base(tmp_path: Path) -> None:
-    base = BASE.model_copy(update={"seed": 7, "freeze_embeddings": False, "layers": 3, "max_minutes": 2.0})
+    base = BASE.model_copy(update={"seed": 7, "freeze_embeddings": False, "distill_steps": 3, "max_minutes": 2.0})
     for candidate in run(open_search(tmp_path / "journal.log", base=base)):
         params = candidate.params
-        assert (params.seed, params.freeze_embeddings, params.layers, params.max_minutes) == (7, False, 3, 2.0)
+        assert (params.seed, params.freeze_embeddings, params.distill_steps, params.max_minutes) == (7, False, 3, 2.0)
 
 
 def test_the_same_seed_draws_the_same_candidates(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ from flows.params import SearchSpace, TrainParams, TuneParams
 space = SearchSpace(base_model=["small", "large"])
 base = TrainParams(base_model="small", steps=60)
 search = Search(
-    Path(sys.argv[1]), name=study_name(space, "spearman", "d" * 32, base), base=base,
-    params=TuneParams(trials=6, seed=42, space=space),
+    Path(sys.argv[1]), name=study_name(space, ["spearman"], "d" * 32, base), base=base,
+    params=TuneParams(trials=6, seed=42, space=space, costs=[]),
 )
 for number in range(int(sys.argv[2])):
     candidate = search.next_candidate(1e6)
@@ -215,7 +215,7 @@ def test_a_later_trial_may_take_what_is_left_at_most(tmp_path: Path) -> None:
     search.report(first, 0.8, seconds=1.0, run_id="base")
     second = search.next_candidate(120.0)
     assert second is not None
-    assert second.params.max_minutes == pytest.approx(2.0)
+    assert 1.9 < second.params.max_minutes <= 2.0  # the draw took its part
     search.report(second, 0.9, seconds=1.0, run_id="second")
     assert search.best().params == second.params.model_copy(update={"max_minutes": BASE.max_minutes})
 
@@ -307,8 +307,9 @@ def test_the_table_has_a_row_a_trial(tmp_path: Path) -> None:
     run(search)
     first, second = search.rows()
     assert first == {
-        "trial": 0, "state": "complete", "value": score(BASE), "seconds": 10.0, "run_id": "run0", "base_model": "small",
-        "learning_rate": 2e-5, "steps": 60, "batch_size": 16, "loss": "auto", "max_tokens": 128, "note": "the base",
+        "trial": 0, "state": "complete", "front": first["value"] >= second["value"], "value": score(BASE),
+        "seconds": 10.0, "run_id": "run0", "base_model": "small", "learning_rate": 2e-5, "steps": 60, "batch_size": 16,
+        "loss": "auto", "max_tokens": 128, "layers": None, "dimensions": None, "precision": "auto", "note": "the base",
     }  # fmt: skip
     assert (second["trial"], second["note"]) == (1, "")
 

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,15 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from flows.core.studies import (
+    CLAIM_LASTS_S,
     GRACE_S,
     OWNER,
+    _drop_stale_claim,
+    claim,
     close_stale_trials,
     heartbeat,
+    make_sampler,
+    name_architecture,
     open_study,
     quiet_optuna,
     sign_trial,
@@ -38,20 +45,25 @@ SPACE = SearchSpace(base_model=["a"])
 def test_everything_that_makes_values_comparable_is_in_the_name() -> None:
     base = TrainParams()
     names = [
-        study_name(SPACE, "spearman", "d" * 32, base),
-        study_name(SPACE.model_copy(update={"steps": [30]}), "spearman", "d" * 32, base),
+        study_name(SPACE, ["spearman"], "d" * 32, base),
+        study_name(SPACE.model_copy(update={"steps": [30]}), ["spearman"], "d" * 32, base),
         study_name(
-            SPACE.model_copy(update={"learning_rate": FloatRange(low=1e-5, high=1e-4)}), "spearman", "d" * 32, base
+            SPACE.model_copy(update={"learning_rate": FloatRange(low=1e-5, high=1e-4)}), ["spearman"], "d" * 32, base
         ),
-        study_name(SPACE, "ndcg_at_10", "d" * 32, base),
-        study_name(SPACE, "spearman", "e" * 32, base),
-        study_name(SPACE, "spearman", "d" * 32, TrainParams(seed=1)),
-        study_name(SPACE, "spearman", "d" * 32, base, DataParams(split_seed=1)),
+        study_name(SPACE, ["ndcg_at_10"], "d" * 32, base),
+        study_name(SPACE, ["spearman"], "e" * 32, base),
+        study_name(SPACE, ["spearman"], "d" * 32, TrainParams(seed=1)),
+        study_name(SPACE, ["spearman"], "d" * 32, base, DataParams(split_seed=1)),
+        study_name(SPACE, ["spearman", "p95_ms"], "d" * 32, base),
+        study_name(SPACE, ["spearman", "p95_ms", "memory_mb"], "d" * 32, base),
+        study_name(SPACE, ["spearman", "memory_mb", "p95_ms"], "d" * 32, base),
+        study_name(SPACE, ["spearman"], "d" * 32, base, conditions=["a machine"]),
     ]
     assert len(set(names)) == len(names)
     elsewhere = DataParams(pairs="s3://bucket/pairs.csv")
-    assert study_name(SearchSpace(base_model=["a"]), "spearman", "d" * 32, TrainParams(), elsewhere) == names[0]
+    assert study_name(SearchSpace(base_model=["a"]), ["spearman"], "d" * 32, TrainParams(), elsewhere) == names[0]
     assert names[0].startswith("spearman-dddddddd-")
+    assert names[8].startswith("spearman+p95_ms+memory_mb-dddddddd-")
 
 
 @given(
@@ -166,3 +178,77 @@ def test_a_signed_trial_is_of_this_process(tmp_path: Path) -> None:
     sign_trial(study.ask())
     assert study.trials[0].user_attrs[OWNER]["pid"] == os.getpid()
     assert close_stale_trials(study) == 0
+
+
+@given(
+    first=st.fixed_dictionaries({"layers": st.sampled_from([None, 1, 2]), "steps": st.integers(1, 9)}),
+    second=st.fixed_dictionaries({"layers": st.sampled_from([None, 1, 2]), "steps": st.integers(1, 9)}),
+)
+def test_an_architecture_is_named_by_what_makes_it_alone(first: dict[str, Any], second: dict[str, Any]) -> None:
+    names = [name_architecture(TrainParams(**values)) for values in (first, second)]
+    assert (names[0] == names[1]) == (first["layers"] == second["layers"])
+
+
+def test_an_architecture_of_a_long_path_has_a_short_name() -> None:
+    names = {name_architecture(TrainParams(base_model=f"/{'x' * 600}/{number}")) for number in range(2)}
+    assert len(names) == 2
+    assert max(map(len, names)) < 512  # what a database's column holds
+
+
+def test_processes_that_draw_at_the_same_moment_draw_different_trials(tmp_path: Path) -> None:
+    """Both have seen the same trials: without the number of the trial in the seed both would draw the same."""
+    draws = []
+    studies = [open_study(tmp_path / "journal.log", name="one") for _ in range(2)]
+    for study in studies:
+        study.sampler = make_sampler(42, 4)
+        draws.append(study.ask().suggest_float("rate", 0, 1))
+    assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_a_claim_is_held_by_one_at_a_time_and_given_back(tmp_path: Path, kind: str) -> None:
+    storage: Any = tmp_path / "journal.log" if kind == "journal" else f"sqlite:///{tmp_path}/studies.db"
+    with quiet_optuna():
+        studies = [open_study(storage, name="one") for _ in range(2)]
+    inside, most = 0, 0
+    done = []
+
+    def work(study: Any) -> None:
+        nonlocal inside, most
+        with claim(study, "one: work"):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.2)
+            inside -= 1
+        done.append(study)
+
+    threads = [threading.Thread(target=work, args=[study]) for study in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (len(done), most) == (2, 1)
+    assert optuna.get_all_study_names(studies[0]._storage) == ["one"]  # nothing is left behind
+
+
+def test_a_claim_is_given_back_by_an_error_and_taken_over_from_a_process_that_is_gone(tmp_path: Path) -> None:
+    study = open_study(tmp_path / "journal.log", name="one")
+    with pytest.raises(RuntimeError, match="broken"), claim(study, "one: work"):
+        raise RuntimeError("broken")
+    token = optuna.create_study(storage=study._storage, study_name="one: work")
+    token.set_user_attr(OWNER, {"host": socket.gethostname(), "pid": gone_pid(), "started": 0.0})
+    with claim(study, "one: work"):
+        assert study._storage.get_study_name_from_id(token._study_id + 1) == "one: work"
+
+
+def test_a_claim_of_another_host_lasts_until_it_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(tmp_path / "journal.log", name="one")
+    token = optuna.create_study(storage=study._storage, study_name="one: work")
+    token.set_user_attr(OWNER, {"host": "elsewhere", "pid": 1, "started": 0.0})
+    assert not _drop_stale_claim(study._storage, "one: work")  # notes since when somebody waits
+    assert not _drop_stale_claim(study._storage, "one: work")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + CLAIM_LASTS_S + 60)
+    assert _drop_stale_claim(study._storage, "one: work")
+    assert _drop_stale_claim(study._storage, "one: work")  # it is gone: try again
+    assert optuna.get_all_study_names(study._storage) == ["one"]

@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from bentos.aliases import read_aliases
 from bentos.manifest import DataVersion
+from flows.core.history import Act, read_history
+from flows.core.promotion import carry_out
+from flows.core.release_lock import ReleaseLock, list_holders
 from flows.core.tracking import Tracker
-from flows.errors import NothingReleasedError
+from flows.errors import NothingReleasedError, ReleaseRaceError
 
 TEXTS = ["the quick brown fox", "a train station"]
 START_TIMEOUT_S = 240
@@ -82,8 +86,15 @@ def test_a_run_goes_to_a_server_and_its_model_comes_back(server: str, tiny_model
     tracker.log_metrics(run_id, {"dev/spearman": 0.8}, model_id=model_id, dataset=dataset)
     version = tracker.register(run_id, model_id)
     assert tracker.register(run_id, model_id) == version == "1"
-    tracker.promote(version, tags={"bento_tag": "b"})
-    tracker.promote(version, tags={})
+    act = Act(at="", kind="release", version=version, space_id="s")
+    for _ in range(2):
+        with ReleaseLock(tracker, "release of version 1") as lock:
+            with pytest.raises(ReleaseRaceError, match="release of version 1"):
+                ReleaseLock(tracker, "rollback").acquire()
+            carry_out(tracker, lock, act, tags={"bento_tag": "b", "space_id": "s"}, previous="", home=tmp_path)
+    assert list_holders(tracker) == []
+    assert [(item.version, item.kind) for item in read_history(tracker)] == [("1", "release")]
+    assert read_aliases(tmp_path, "ekiben")["champion"].run_id == run_id
     tracker.end_run(run_id)
 
     champion = tracker.champion()

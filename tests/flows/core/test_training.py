@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
 
+from bentos.vectors import cosine_pairs, normalize
 from flows.core import training
 from flows.core.dataset import Part
+from flows.core.evaluation import Encode
+from flows.core.export import export_model
+from flows.core.heads import note_nested_dims, read_nested_dims
 from flows.core.models import load_base_model, load_saved_model
 from flows.core.retrieval import Retrieval
-from flows.core.training import Fit, Progress, choose_losses, fit_model, make_encode, save_model
-from flows.errors import ParamsError
+from flows.core.training import (
+    Fit,
+    Progress,
+    check_points,
+    choose_losses,
+    fit_model,
+    make_architecture,
+    make_encode,
+    save_model,
+)
+from flows.errors import ParamsError, UnsupportedModelError
 from flows.params import TrainParams
+from tests.factories import make_tiny_model
 
 TEXTS = ["a young child rides a horse", "the server is down again", "jazz"]
 NO_PAIRS = pd.DataFrame(
@@ -271,8 +289,6 @@ def test_vectors_do_not_depend_on_white_space_around_a_text(fit: Fit) -> None:
 
 
 def test_a_default_prompt_is_trained_with_as_it_is_encoded_with(tmp_path: Path) -> None:
-    from tests.factories import make_tiny_model
-
     plain = make_tiny_model(tmp_path / "plain")
     prompted = make_tiny_model(tmp_path / "prompted", prompts={"query": "find the "}, default_prompt="query")
     pairs = make_pairs()
@@ -282,6 +298,233 @@ def test_a_default_prompt_is_trained_with_as_it_is_encoded_with(tmp_path: Path) 
     unprompted = fit_model(pairs, make_params(plain, steps=1))
     assert by_prompt.losses == by_hand.losses
     assert by_prompt.losses != unprompted.losses
+
+
+def embed_whole(model: Path) -> np.ndarray:
+    return load_base_model(str(model), max_tokens=32).encode(TEXTS)
+
+
+def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(cosine_pairs(a, b).mean())
+
+
+def test_a_model_that_lost_layers_first_learns_the_vectors_of_the_whole_one(tiny_model_path: Path) -> None:
+    params = make_params(tiny_model_path, layers=1, steps=1, learning_rate=1e-8)
+    cold = fit_model(make_pairs(), params.model_copy(update={"distill_steps": 0}))
+    warm = fit_model(make_pairs(), params.model_copy(update={"distill_steps": 30}))
+    whole = embed_whole(tiny_model_path)
+    assert mean_cosine(warm.model.encode(TEXTS), whole) > mean_cosine(cold.model.encode(TEXTS), whole) + 0.01
+    assert cold.distill_losses == ()
+    assert [step for step, _ in warm.distill_losses] == list(range(1, 31))
+    assert warm.distill_losses[-1][1] < warm.distill_losses[0][1]
+    assert (warm.steps_done, [step for step, _ in warm.losses]) == (1, [1])  # counted apart
+    assert np.array_equal(get_embeddings(warm.model), get_embeddings(cold.model))  # frozen there too
+
+
+def test_distillation_gives_the_same_vectors_again(tiny_model_path: Path) -> None:
+    params = make_params(tiny_model_path, layers=1, distill_steps=5, dimensions=16, steps=3)
+    first, second = (fit_model(make_both(), params) for _ in range(2))
+    assert np.array_equal(first.model.encode(TEXTS), second.model.encode(TEXTS))
+    assert (first.losses, first.distill_losses) == (second.losses, second.distill_losses)
+
+
+@pytest.mark.parametrize("changes", [{"layers": None}, {"layers": 2}, {"layers": 1, "distill_steps": 0}])
+def test_nothing_is_distilled_into_a_whole_model_or_without_steps(
+    changes: dict[str, Any], tiny_model_path: Path
+) -> None:
+    assert fit_model(make_pairs(), make_params(tiny_model_path, steps=1, **changes)).distill_losses == ()
+
+
+def test_distillation_takes_at_most_half_of_the_time_budget(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    seen: list[Progress] = []
+
+    def let_a_minute_pass(progress: Progress) -> None:
+        clock.seconds += 60
+        seen.append(progress)
+
+    params = make_params(tiny_model_path, layers=1, distill_steps=50, steps=50, max_minutes=10)
+    fit = fit_model(make_pairs(), params, on_progress=let_a_minute_pass)
+    assert (len(fit.distill_losses), fit.steps_done, fit.stopped_early) == (6, 5, True)
+    assert [each.distilling for each in seen] == [True] * 6 + [False] * 5
+    assert [each.step for each in seen] == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5]
+
+
+def test_dimensions_are_what_the_model_has_wherever_it_is_loaded(tiny_model_path: Path, tmp_path: Path) -> None:
+    fit = fit_model(make_both(), make_params(tiny_model_path, dimensions=16))
+    assert fit.model.encode(TEXTS).shape == (3, 16)
+    assert fit.model.get_embedding_dimension() == 16
+    save_model(fit.model, tmp_path / "model")
+    plain = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert np.array_equal(plain.encode(TEXTS), fit.model.encode(TEXTS))
+    assert plain.max_seq_length == 32
+
+
+def test_the_head_starts_from_what_keeps_the_cosines_and_is_trained(tiny_model_path: Path) -> None:
+    still = fit_model(make_pairs(), make_params(tiny_model_path, dimensions=8, steps=1, learning_rate=1e-9))
+    moved = fit_model(make_pairs(), make_params(tiny_model_path, dimensions=8, steps=20))
+    texts = sorted({*make_pairs().pairs["text_a"], *make_pairs().pairs["text_b"]})
+    whole = load_base_model(str(tiny_model_path), max_tokens=32).encode(texts)
+    products = whole @ whole.T
+
+    def loss_of(vectors: np.ndarray) -> float:
+        return float(np.abs(vectors @ vectors.T - products).mean())
+
+    assert loss_of(still.model.encode(texts)) < 0.5 * loss_of(normalize(whole[:, :8]))
+    head = next(module for module in moved.model if type(module).__name__ == "Dense").linear.weight
+    start = next(module for module in still.model if type(module).__name__ == "Dense").linear.weight
+    assert (head - start).abs().max() > 1e-3
+
+
+def test_smaller_dimensions_are_trained_along_and_named(tiny_model_path: Path) -> None:
+    nested = fit_model(make_pairs(), make_params(tiny_model_path, dimensions=32, steps=1))
+    assert read_nested_dims(nested.model) == (16,)
+    assert read_nested_dims(fit_model(make_pairs(), make_params(tiny_model_path, steps=1)).model) == ()
+    alone = fit_model(make_pairs(), make_params(tiny_model_path, dimensions=31, steps=1))
+    assert read_nested_dims(alone.model) == ()
+
+
+def test_a_base_model_that_promises_nested_dimensions_keeps_its_promise_only_when_they_are_trained(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    base = load_base_model(str(tiny_model_path))
+    note_nested_dims(base, (16,))
+    save_model(base, tmp_path / "base")
+    assert read_nested_dims(fit_model(make_pairs(), make_params(tmp_path / "base", steps=1)).model) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"dimensions": 33}, r"train\.dimensions is 33"),
+        ({"layers": 3}, r"train\.layers is 3"),
+        ({"dimensions": 15, "loss": "angle"}, "even number"),
+    ],
+)
+def test_an_impossible_shape_is_refused_before_training(
+    changes: dict[str, Any], found: str, tiny_model_path: Path
+) -> None:
+    with pytest.raises(ParamsError, match=found):
+        fit_model(make_pairs(), make_params(tiny_model_path, **changes), on_progress=lambda _: pytest.fail("trained"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": 1, "dimensions": 16}])
+def test_an_architecture_is_the_shape_of_what_training_makes(
+    changes: dict[str, Any], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    params = make_params(tiny_model_path, steps=1, distill_steps=1, **changes)
+    untrained, trained = make_architecture(params), fit_model(make_pairs(), params).model
+    assert not untrained.training
+    for each in (untrained, trained):
+        each.shapes = {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
+    assert untrained.shapes == trained.shapes
+    assert untrained.max_seq_length == trained.max_seq_length == 32
+    assert read_nested_dims(untrained) == read_nested_dims(trained)
+    save_model(untrained, tmp_path / "model")
+    export = export_model(tmp_path / "model", tmp_path)
+    assert (export.dim, export.nested_dims) == (changes.get("dimensions", 32), ())
+
+
+def test_a_shape_that_no_lunchbox_holds_is_refused_before_training(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", pooling="weightedmean")
+    with pytest.raises(UnsupportedModelError, match="weightedmean"):
+        make_architecture(make_params(path))
+
+
+@given(st.integers(1, 200), st.integers(0, 20))
+def test_checks_are_spread_evenly_and_never_on_the_last_step(steps: int, checks: int) -> None:
+    points = check_points(steps, checks)
+    assert all(0 < step < steps for step in points)
+    assert list(points.values()) == sorted(set(points.values()))
+    if steps > 2 * checks:
+        assert list(points.values()) == list(range(1, checks + 1))
+        assert all(abs(step - number * steps / (checks + 1)) <= 0.5 + 1e-9 for step, number in points.items())
+
+
+def test_a_check_sees_the_model_so_far_and_changes_nothing(tiny_model_path: Path) -> None:
+    seen: list[tuple[int, np.ndarray]] = []
+
+    def look(number: int, encode: Encode) -> bool:
+        seen.append((number, encode(TEXTS)))
+        return False
+
+    params = make_params(tiny_model_path, steps=6, dimensions=16)
+    watched = fit_model(make_pairs(), params, on_check=look, checks=2)
+    alone = fit_model(make_pairs(), params)
+    assert [number for number, _ in seen] == [1, 2]
+    assert not np.array_equal(seen[0][1], seen[1][1])
+    assert seen[0][1].shape == (3, 16)
+    assert np.array_equal(watched.model.encode(TEXTS), alone.model.encode(TEXTS))
+    assert watched.losses == alone.losses
+    assert (watched.hopeless, watched.steps_done) == (False, 6)
+    half = fit_model(make_pairs(), make_params(tiny_model_path, steps=6, dimensions=16), checks=2)  # nobody asks
+    assert half.losses == alone.losses
+
+
+def test_a_check_ends_a_hopeless_fit(tiny_model_path: Path) -> None:
+    fit = fit_model(
+        make_pairs(), make_params(tiny_model_path, steps=9), on_check=lambda number, _: number == 2, checks=2
+    )
+    assert (fit.hopeless, fit.stopped_early, fit.steps_done) == (True, False, 6)
+    assert not fit.model.training
+
+
+def other_space(tmp_path: Path) -> Encode:
+    return make_encode(load_base_model(str(make_tiny_model(tmp_path / "champion", seed=3)), max_tokens=32), 8)
+
+
+@pytest.mark.parametrize("part", [make_pairs(), make_retrieval(), make_both()])
+def test_an_anchor_keeps_the_model_near_the_more_the_heavier_it_weighs(
+    part: Part, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    champion = other_space(tmp_path)
+    near = [
+        mean_cosine(
+            fit_model(part, make_params(tiny_model_path, steps=20, anchor_weight=weight), anchor=champion).model.encode(
+                TEXTS
+            ),
+            champion(TEXTS),
+        )
+        for weight in (0.0, 0.5, 50.0)
+    ]
+    assert near[0] < near[1] < near[2]
+
+
+def test_without_a_weight_or_a_champion_nothing_is_anchored(tiny_model_path: Path, tmp_path: Path) -> None:
+    plain = fit_model(make_both(), make_params(tiny_model_path))
+    unasked = fit_model(make_both(), make_params(tiny_model_path), anchor=other_space(tmp_path))
+    alone = fit_model(make_both(), make_params(tiny_model_path, anchor_weight=3.0))
+    assert plain.losses == unasked.losses == alone.losses
+    assert np.array_equal(plain.model.encode(TEXTS), unasked.model.encode(TEXTS))
+
+
+def test_an_anchored_head_starts_in_the_champions_space(tiny_model_path: Path) -> None:
+    base = make_encode(load_base_model(str(tiny_model_path), max_tokens=32), 8)
+    random = np.random.default_rng(0)
+    rotation = np.linalg.qr(random.normal(size=(32, 32)))[0].astype(np.float32)
+
+    def champion(texts: Sequence[str]) -> np.ndarray:
+        return normalize(base(texts) @ rotation)[:, :32].astype(np.float32)
+
+    params = make_params(tiny_model_path, dimensions=32, anchor_weight=1.0, steps=1, learning_rate=1e-9)
+    fit = fit_model(make_pairs(200), params, anchor=champion)
+    assert mean_cosine(fit.model.encode(TEXTS), champion(TEXTS)) > 0.99
+
+
+def test_an_anchored_fit_gives_the_same_vectors_again(tiny_model_path: Path, tmp_path: Path) -> None:
+    params = make_params(tiny_model_path, anchor_weight=1.0, steps=5)
+    first, second = (fit_model(make_both(), params, anchor=other_space(tmp_path)) for _ in range(2))
+    assert first.losses == second.losses
+    assert np.array_equal(first.model.encode(TEXTS), second.model.encode(TEXTS))
+
+
+def test_an_anchor_of_other_dimensions_is_refused_before_training(tiny_model_path: Path, tmp_path: Path) -> None:
+    params = make_params(tiny_model_path, anchor_weight=1.0, dimensions=16)
+    with pytest.raises(ParamsError, match=r"vectors have 32 dimensions.*model have 16.*train\.dimensions=32"):
+        fit_model(make_pairs(), params, anchor=other_space(tmp_path), on_progress=lambda _: pytest.fail("trained"))
 
 
 QUIET_FIT = """
