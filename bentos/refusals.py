@@ -64,7 +64,8 @@ class Refusals:
         known = self._recall()
         attempts, before = 1, known.get(tag)
         if before is not None and before.fingerprint == fingerprint:
-            attempts = before.attempts + (before.under_way is None)  # `begin` has counted it
+            counted = under_way is None and before.under_way == self._crew.me  # by `begin`
+            attempts = before.attempts + (not counted)
         wait_s = min(FIRST_WAIT_S * 2 ** (attempts - 1), LONGEST_WAIT_S)
         refusal = Refusal(
             reason=reason,

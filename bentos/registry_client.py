@@ -74,14 +74,15 @@ class MlflowSource:
 
     def look(self, alias: str) -> Pointer | None:
         """The version that an alias names now."""
-        found = self._ask("registered-models/alias", {"name": self._name, "alias": alias}, missing=True)
-        return None if found is None else self._point(found["model_version"])
+        query = {"name": self._name, "alias": alias}
+        found = self._ask("registered-models/alias", query, part="model_version")
+        return None if found is None else self._point(found)
 
     def list_aliases(self) -> dict[str, Pointer]:
         """Every alias and the version that it names; those that name a version that was never released are left out."""
-        found = self._ask("registered-models/get", {"name": self._name}, missing=True)
+        found = self._ask("registered-models/get", {"name": self._name}, part="registered_model")
         pointers: dict[str, Pointer] = {}
-        for alias in (found or {}).get("registered_model", {}).get("aliases", []):
+        for alias in (found or {}).get("aliases", []):
             with contextlib.suppress(LunchboxError, UnknownVersionError):
                 pointers[alias["alias"]] = self._version(str(alias["version"]))
         return pointers
@@ -232,10 +233,10 @@ class MlflowSource:
     # --- asking
 
     def _version(self, version: str) -> Pointer:
-        found = self._ask("model-versions/get", {"name": self._name, "version": version}, missing=True)
+        found = self._ask("model-versions/get", {"name": self._name, "version": version}, part="model_version")
         if found is None:
             raise UnknownVersionError(f"the model {self._name!r} at {self._url} has no version {version}")
-        return self._point(found["model_version"])
+        return self._point(found)
 
     def _point(self, version: Mapping[str, Any]) -> Pointer:
         tags = {tag["key"]: tag["value"] for tag in version.get("tags", [])}
@@ -252,17 +253,25 @@ class MlflowSource:
                 f"released. Run `ekiben release --version {number}`"
             ) from None
 
-    def _ask(self, path: str, query: dict[str, str], *, missing: bool = False) -> dict[str, Any] | None:
-        """Ask the REST interface; None when `missing` is allowed and MLflow knows nothing of it."""
+    def _ask(self, path: str, query: dict[str, str], *, part: str | None = None) -> dict[str, Any] | None:
+        """Ask the REST interface, for one thing (`part` of the answer; None when there is no such thing) or a list."""
         with self._plain_errors():
             response = self._client.get(f"{self._url}{API}{path}", params=query)
-            content = response.json() if "json" in response.headers.get("content-type", "") else {}
-            if response.status_code == httpx.codes.OK and isinstance(content, dict):
+            is_json = "json" in response.headers.get("content-type", "")
+            content = response.json() if is_json else None
+        if response.status_code == httpx.codes.OK and isinstance(content, dict):
+            if part is None:
                 return content
-            code, message = content.get("error_code"), content.get("message", response.text[:200])
-            if missing and code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise RegistryError(f"{self._url} answered {response.status_code} to {path}: {code or ''} {message[:200]}")
+            if isinstance(found := content.get(part), dict):
+                return found
+        content = content if isinstance(content, dict) else {}
+        code, message = content.get("error_code", ""), content.get("message", response.text)
+        if part is not None and code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise RegistryError(
+            f"the registry {self._url} answered {response.status_code} to {path}: {code} {message[:200]}. Is this an "
+            "MLflow server (MLFLOW_TRACKING_URI), and may this server ask it?"
+        )
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:

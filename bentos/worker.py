@@ -54,7 +54,8 @@ class Worker:
             with self._crew.locked():  # nobody commits meanwhile
                 if (self._crew.read_plan() or plan).items() == plan.items():
                     self._show(plan)
-                    self._done = plan.serial
+                    if plan.coming is None:
+                        self._done = plan.serial
                     if plan.live is None:
                         self._retry_at = time.monotonic() + RETRY_S
                     self._report(plan)

@@ -55,7 +55,7 @@ def explain(options: Options, reference: Reference, data_root: DataRoot = None, 
         chain.as_json() | {"look": {link.name: _commands(chain, link, settings) for link in chain.links}}
         for chain in chains
     ]
-    print_json(options, {"chains": answer} | where(settings))
+    print_json(options, {"chains": answer, "no_registry": places.no_registry} | where(settings))
 
 
 @command(Options)
@@ -193,7 +193,7 @@ def _commands(chain: Chain, link: Link, settings: FlowSettings) -> list[str]:
     run_id = chain.link("run").facts.get("run_id", "")
     commit = chain.link("commit").facts.get("git_commit", "")
     repository = shlex.quote(str(chain.link("commit").facts.get("repository", "")))
-    registry = link.state != "missing"
+    registry = link.state not in ("missing", "unknown")
     commands: dict[str, list[str]] = {
         "vectors": [_ekiben(settings, "serve", "--version", tag)]
         if registry and tag and chain.source == "registry"

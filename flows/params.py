@@ -116,14 +116,15 @@ class TrainParams(Section):
         ge=0,
         le=100_000,
         description="With `layers`: optimizer steps in which the smaller model learns the vectors of the whole one on "
-        "the training texts, before it sees a label.",
+        "the training texts, before it sees a label. They take half of `max_minutes` at most.",
     )
     dimensions: int | None = Field(
         None,
         ge=8,
         le=8192,
-        description="Vectors of so many dimensions: the model learns by the Matryoshka loss to put what matters into "
-        "the first ones, and the rest is cut off. Default: as many as the base model has.",
+        description="Vectors of so many dimensions, by a linear map that starts from what keeps the cosines of the "
+        "training texts best, and is trained by the Matryoshka loss, so that its first half, quarter, ... (16 at "
+        "least) can be asked for too. At most as many as the base model has; default: just these, without a map.",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "auto", description="What a release makes of it, unless `release.precision` says otherwise."
@@ -132,8 +133,9 @@ class TrainParams(Section):
         0.0,
         ge=0,
         le=100,
-        description="Stay near the champion's space: weight of a term that pulls every training text to the vector "
-        "that the champion gives it. 0: free; 1: as strong as the labels. Without a champion it does nothing.",
+        description="Stay near the champion's space: weight of a term, the mean of 1 - cosine of each training text's "
+        "vector with the champion's, beside the loss of the labels. 0: free. The dimensions must be the champion's, or "
+        "some that it was trained for. Without a champion it does nothing.",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, dropout and new weights.")
     max_minutes: float = Field(

@@ -261,7 +261,7 @@ def _minute(time: str) -> str:
 
 
 def _value(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "all" if value is None else str(value)
 
 
 def short_path(path: Path) -> str:

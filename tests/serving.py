@@ -31,14 +31,15 @@ def bento_home(home: Path) -> Iterator[Path]:
     for name in ("bentos", "models", "tmp"):
         (home / name).mkdir(parents=True, exist_ok=True)
     before = os.environ.get("BENTOML_HOME")
+    stores = (BentoMLContainer.bento_store.get(), BentoMLContainer.model_store.get())  # perhaps of a home around this
     os.environ["BENTOML_HOME"] = str(home)
     BentoMLContainer.bento_store.set(BentoStore(home / "bentos"))
     BentoMLContainer.model_store.set(ModelStore(home / "models"))
     try:
         yield home
     finally:
-        BentoMLContainer.bento_store.reset()
-        BentoMLContainer.model_store.reset()
+        BentoMLContainer.bento_store.set(stores[0])
+        BentoMLContainer.model_store.set(stores[1])
         if before is None:
             del os.environ["BENTOML_HOME"]
         else:

@@ -31,6 +31,7 @@ Name = Literal[
 Source = Literal["registry", "run", "box"]  # who knew the reference
 GATES_ARTIFACT = "release/gates.json"
 NOT_RECORDED = "was not recorded"
+NO_REGISTRY = "the registry cannot be asked"
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,12 @@ def _version(subject: Subject, places: Places) -> Link:
     if release is None:
         if manifest is None:
             return Link("version", "missing", "is not registered")
-        why = places.no_registry or "it is another registry's, or was deleted there"
         facts |= {"version": manifest.version}
-        return Link(
-            "version", "missing", f"the lunchbox says {manifest.version}, which the registry lacks: {why}", facts
-        )
+        if places.tracker is None:
+            return Link("version", "unknown", f"{manifest.version} by its lunchbox; {NO_REGISTRY}", facts)
+        why = "it is another registry's, or was deleted there"
+        said = f"the lunchbox says {manifest.version}, which the registry lacks: {why}"
+        return Link("version", "missing", said, facts)
     tags = release.tags
     facts |= {"version": release.version, "aliases": list(release.aliases), "created_at": release.created_at}
     facts |= {name: tags[name] for name in ("promoted_at", "verdict", "replaces", "run_id") if tags.get(name)}
@@ -204,8 +206,9 @@ def _run(subject: Subject, places: Places) -> Link:
         facts: dict[str, Any] = {"run_id": run_id}
         if manifest is not None:
             facts |= {"params": dict(manifest.params), "metrics": manifest.metrics}
-        why = places.no_registry or "this MLflow does not have it"
-        return Link("run", "missing", f"{run_id or NOT_RECORDED}: {why}", facts)
+        if places.tracker is None:
+            return Link("run", "unknown", f"{run_id} by its lunchbox; {NO_REGISTRY}", facts)
+        return Link("run", "missing", f"{run_id or NOT_RECORDED}: this MLflow does not have it", facts)
     facts = {
         "run_id": run.run_id,
         "name": run.name,
@@ -226,7 +229,9 @@ def _gates(subject: Subject, places: Places) -> Link:
         verdict = subject.tags.get("verdict")
         if verdict:
             return Link("gates", "unknown", f"{verdict}, but the report is not with the run", {"verdict": verdict})
-        return Link("gates", "missing", "no report of the gates with the run" if subject.run else "the run has it")
+        if places.tracker is None:
+            return Link("gates", "unknown", f"see the model card; {NO_REGISTRY}")
+        return Link("gates", "missing", "the run has no report" if subject.run else "the run had it")
     refused = [f"{row['gate']} ({row['reason']})" for row in report["gates"] if row.get("verdict") != "passed"]
     said = f"{report.get('verdict')}, {len(report['gates'])} asked" + (f": {'; '.join(refused)}" if refused else "")
     return Link("gates", "ok" if not refused else "changed", said, report)
@@ -310,7 +315,7 @@ def _look_for_data(subject: Subject, version: DataVersion, places: Places) -> li
 def _commit(subject: Subject, places: Places) -> Link:
     said = subject.fact("git_commit", lambda manifest: manifest.git_commit)
     if not said:
-        return Link("commit", "missing", f"{NOT_RECORDED}: it was trained outside of a git working tree")
+        return Link("commit", "missing", f"{NOT_RECORDED}: there was no git working tree, or git did not answer")
     sha, dirty = said.removesuffix(DIRTY), said.endswith(DIRTY)
     facts: dict[str, Any] = {"git_commit": sha, "dirty": dirty, "repository": str(places.repository)}
     commit = find_commit(places.repository, sha)

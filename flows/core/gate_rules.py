@@ -238,10 +238,10 @@ def judge_compat(evidence: Evidence) -> Iterator[Verdict]:
     if compat is None:
         return
     passed = asked == "any" or COMPAT_ORDER.index(compat.kind) <= COMPAT_ORDER.index(asked)
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in compat.figures.items())
+    found = compat.reason or ", ".join(f"{name} {value:.4f}" for name, value in compat.figures.items())
     reason = (
-        f"{compat.kind} with the space of {compat.tag}{f', {compat.reason}' if compat.reason else ''}"
-        f"{f' ({figures})' if figures else ''}, {'not asked' if asked == 'any' else f'asked {asked} or better'}"
+        f"{compat.kind} with the space of {compat.tag}{f': {found}' if found else ''}; "
+        f"{'not asked' if asked == 'any' else f'asked {asked} or better'}"
     )
     cure = "train with train.anchor_weight above 0 so that the space stays, or set release.compat to any and re-index"
     yield Verdict("compat", compat.kind, None if asked == "any" else asked, passed, reason, "" if passed else cure)

@@ -124,7 +124,7 @@ def plan_rebuild(
     said = run.tags.get("git_commit", "")
     if not said:
         raise InputError(
-            f"run {run.run_id} recorded no commit (it ran outside of a git working tree): its code is not known"
+            f"run {run.run_id} recorded no commit (no git working tree, or git did not answer): its code is not known"
         )
     commit = find_commit(repository, said)
     if commit is None:

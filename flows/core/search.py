@@ -37,6 +37,7 @@ from flows.core.studies import (
     heartbeat,
     make_sampler,
     name_architecture,
+    only_value,
     plain_study_errors,
     quiet_optuna,
     sign_trial,
@@ -102,7 +103,10 @@ class Search(Standings):
         self.ended_by = ""  # why `next_candidate` gave None: "trials", "budget", "limits", "exhausted" or "policy"
         self._base = base
         self._measure = measure
-        self._distributions = to_distributions(params.space)
+        distributions = to_distributions(params.space)
+        # What has a single choice is no question: a study keeps, and its sampler sees, only what it may choose.
+        self._given = {name: only_value(each) for name, each in distributions.items() if each.single()}
+        self._distributions = {name: each for name, each in distributions.items() if name not in self._given}
         self._base_inside = values_inside(base, self._distributions)
         self._running: dict[int, tuple[Trial, ExitStack]] = {}
         self._started = 0
@@ -265,9 +269,10 @@ class Search(Standings):
             trial = self._study.ask()
             sign_trial(trial)
             # Of the base, what lies outside the space is not told to the sampler: it must not draw it again.
-            known = self._base_inside if trial.user_attrs.get(BASE) else self._distributions
+            is_base = trial.user_attrs.get(BASE)
+            known = self._base_inside if is_base else self._distributions
             values = {name: suggest(trial, name, self._distributions[name]) for name in known}
-        params = self._base.model_copy(update=values)
+        params = self._base.model_copy(update=values if is_base else self._given | values)
         trial.set_user_attr(PARAMS, params.model_dump(mode="json"))
         return trial, params
 

@@ -356,6 +356,13 @@ def to_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return distributions
 
 
+def only_value(distribution: BaseDistribution) -> Any:
+    """The value of a distribution that has no other (`single()`)."""
+    from optuna.distributions import CategoricalDistribution
+
+    return distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low
+
+
 def values_inside(params: TrainParams, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """Those of the varied parameters whose value in `params` may also be drawn from the space."""
     from optuna.distributions import CategoricalDistribution

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bentos.encoder import Encoder
+from bentos.lunchbox import Lunchbox, open_lunchbox
 from bentos.manifest import Compat, Manifest, read_manifest
 from bentos.shelf import Shelf
 from bentos.vectors import Vectors
@@ -28,6 +29,13 @@ def make_shelf(*encoders: Encoder, aliases: Mapping[str, str] | None = None) -> 
         shelf.flip(encoders[0].manifest.tag, time.monotonic())
     shelf.aliases = dict(aliases or {})
     return shelf
+
+
+def open_shared(path: Path) -> Lunchbox:
+    """Open a lunchbox for several tests: its engine goes on when a version of it has left a shelf."""
+    box = open_lunchbox(path)
+    box.engine.close = lambda: None  # type: ignore[method-assign]
+    return box
 
 
 def make_map(seed: int = 0, dim: int = TINY_DIM, old_dim: int = TINY_DIM) -> Vectors:

@@ -24,13 +24,13 @@ from bentos.access import ApiKeys
 from bentos.encoder import Encoder
 from bentos.errors import BusyError, IncompleteLoadError, RefusedVersionError, UnknownModelError
 from bentos.http import Frontend
-from bentos.lunchbox import Lunchbox, open_lunchbox
+from bentos.lunchbox import Lunchbox
 from bentos.metrics import ServeMetrics
 from bentos.pinning import embed_pinned
 from bentos.settings import ServeSettings
 from bentos.shelf import Shelf
 from bentos.vectors import normalize
-from tests.bentos.shelves import NESTED_DIM, make_map, make_shelf
+from tests.bentos.shelves import NESTED_DIM, make_map, make_shelf, open_shared
 
 TEXTS = ["hello", "a fast train", "bread and milk"]
 ADMIN_KEY, API_KEY = "an-admin-key-0123456789", "a-callers-key-0123456789"
@@ -38,12 +38,12 @@ ADMIN_KEY, API_KEY = "an-admin-key-0123456789", "a-callers-key-0123456789"
 
 @pytest.fixture(scope="module")
 def old(tiny_lunchbox_path: Path) -> Lunchbox:
-    return open_lunchbox(tiny_lunchbox_path)
+    return open_shared(tiny_lunchbox_path)
 
 
 @pytest.fixture(scope="module")
 def new(successor_path: Path) -> Lunchbox:
-    return open_lunchbox(successor_path)
+    return open_shared(successor_path)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from bentos import shadow as shadow_module
 from bentos.drift import FEWEST_TEXTS
 from bentos.encoder import Encoder
 from bentos.errors import OverloadedError
-from bentos.lunchbox import Lunchbox, open_lunchbox
+from bentos.lunchbox import Lunchbox
 from bentos.metrics import ServeMetrics
 from bentos.observer import Observer
 from bentos.openai import EmbeddingsRequest
@@ -26,7 +26,7 @@ from bentos.settings import ServeSettings
 from bentos.shadow import MOST_TEXTS, Shadow
 from bentos.shelf import Shelf
 from bentos.vectors import cosine_pairs
-from tests.bentos.shelves import make_map, make_shelf
+from tests.bentos.shelves import make_map, make_shelf, open_shared
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def boxes(tiny_lunchbox_path: Path, successor_path: Path) -> tuple[Lunchbox, Lunchbox]:
-    return open_lunchbox(tiny_lunchbox_path), open_lunchbox(successor_path)
+    return open_shared(tiny_lunchbox_path), open_shared(successor_path)
 
 
 def play(

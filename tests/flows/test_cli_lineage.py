@@ -96,7 +96,7 @@ def test_an_unreachable_registry_is_no_end(
     code, out, err = run("explain", manifest.space_id)
     assert code == 0
     assert "without the registry" in err
-    assert "MISSING" in out
+    assert "unknown  1 by its lunchbox; the registry cannot be asked" in out
     code, _, err = run("reproduce", manifest.tag)
     assert code == 2, "only the registry has the parameters"
 

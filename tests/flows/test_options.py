@@ -127,3 +127,10 @@ def test_parameter_names_reach_into_nested_sections() -> None:
     names = parameter_names()
     assert "train.learning_rate" in names
     assert "tune.space.learning_rate.low" in names
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PROJECT_ROOT / "deployments" / "params").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_ready_made_file_can_be_read(file: Path) -> None:
+    assert load_params(file, [], {}) != load_params(None, [], {})
