@@ -112,6 +112,8 @@ class Follower:
         self._note(looked_at=_now())
         try:
             pointer = await asyncio.to_thread(self._find)
+            if not self._live and self._state.followed not in (None, pointer):
+                self._let_go()
             if pointer is None:
                 error = f"{self._source.name} has no alias {alias!r} yet"
                 self._note(points_to=None, error=error, seen_at=time.time(), failures=0)
@@ -144,9 +146,6 @@ class Follower:
             RegistryError: when it cannot be fetched.
         """
         tag, plan = self._tag(pointer), self._crew.read_plan() or Plan()
-        before = self._state.followed
-        if not self._live and before is not None and before != pointer:
-            self._swaps.drop(self._tag(before))
         there = plan.items() if not self._live else [plan.live] if plan.live else []
         if any(item.tag == tag for item in there):
             self._refusals.forgive(tag)
@@ -186,6 +185,12 @@ class Follower:
         else:
             self._refusals.forgive(tag)
             self._note(followed=pointer, error=None, doing=None)
+
+    def _let_go(self) -> None:
+        """Let the version leave that stood beside because the alias named it."""
+        if self._state.followed is not None:
+            self._swaps.drop(self._tag(self._state.followed))
+            self._note(followed=None)
 
     async def _spread_aliases(self) -> None:
         """Let all workers know the other aliases, which requests may name."""

@@ -25,7 +25,7 @@ from flows.core.folders import scratch_folder
 from flows.core.gates import run_gates
 from flows.core.heldout import EVALUATION_FOLDER, read_test
 from flows.core.lineage import trace_version
-from flows.core.lunchbox import attach_compat, finish_card, pack_lunchbox
+from flows.core.lunchbox import attach_compat, find_packed, finish_card, pack_lunchbox
 from flows.core.measuring import Serving, measure_bentos
 from flows.core.packing import install, stage_bento
 from flows.core.precision import Int8Trial
@@ -87,13 +87,13 @@ def prove_and_promote(job: Job) -> ReleaseResult:
     evidence = gather(job)
     judge(job, evidence, last=False)  # what is known without an export: a refusal costs nothing
     manifest = pack(job, evidence)
-    if job.is_released(manifest):
+    if job.is_proven(manifest):  # nothing is measured again, and no file is touched
         serving, rival = read_serving(job.tracker, job.run.run_id)
         evidence = evidence.add(box=job.box, compat=manifest.compat, serving=serving, champion_serving=rival)
         report = judge(job, evidence)
         if job.lock is not None:
             promote(job, manifest)
-        return _result(job, manifest, report, unchanged=True)
+        return _result(job, manifest, report, unchanged=job.has_alias)
     manifest = relate(job, manifest)
     evidence = evidence.add(box=job.box, compat=manifest.compat)
     judge(job, evidence, last=False)
@@ -131,15 +131,18 @@ def judge(job: Job, evidence: Evidence, *, last: bool = True) -> Report:
 def pack(job: Job, evidence: Evidence) -> Manifest:
     """Export, certify, try int8 and pack the lunchbox, or find it packed by an earlier call."""
     report = run_gates(evidence, candidate=job.name)
-    model = job.tracker.download_model(job.run.run_id, job.scratch / "model")
-    own_texts = json.loads((job.evaluation / OWN_TEXTS_FILE).read_text(encoding="utf-8"))
+    facts, least = job.facts(report), job.params.min_cosine
     int8 = None
     if job.params.precision != "fp32":
         int8 = Int8Trial(job.params, read_test(job.evaluation, job.run.metrics))
+    packed = find_packed(job.box, facts, min_cosine=least, int8=int8)
+    if packed is not None:
+        return packed
     say("[pack] exporting to ONNX and comparing with sentence-transformers")
+    model = job.tracker.download_model(job.run.run_id, job.scratch / "model")
+    own_texts = json.loads((job.evaluation / OWN_TEXTS_FILE).read_text(encoding="utf-8"))
     try:
-        facts = job.facts(report)
-        return pack_lunchbox(model, job.box, facts, min_cosine=job.params.min_cosine, extra_texts=own_texts, int8=int8)
+        return pack_lunchbox(model, job.box, facts, min_cosine=least, extra_texts=own_texts, int8=int8)
     except CertificationError as error:
         cure = "export again; if it stays so, choose another base model"
         verdict = Verdict("certificate", None, job.params.min_cosine, False, str(error), cure)

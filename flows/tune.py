@@ -5,7 +5,6 @@ The one that is picked is evaluated on test and registered. Several processes ma
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,30 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
-from flows.core.anchor import Anchor, shorten_anchor
-from flows.core.cost import (
-    BYTES_PER_NUMBER,
-    MACHINE_COSTS,
-    CostMeter,
-    Costs,
-    encode_served,
-    export_for_serving,
-    identify_machine,
-    serving_precision,
-)
-from flows.core.dataset import Dataset
-from flows.core.evaluation import Encode, primary_metric, score_part
+from flows.core.cost import MACHINE_COSTS, CostMeter, identify_machine, open_scratch
+from flows.core.evaluation import primary_metric
 from flows.core.models import available_base_models
 from flows.core.plots import write_front_plot
-from flows.core.samples import spread_texts, thin_out
+from flows.core.samples import spread_texts
 from flows.core.search import Best, Candidate, Search, study_name
 from flows.core.tracking import Tracker, open_tracker
-from flows.core.training import Fit
-from flows.errors import DivergedError, ModelNotFoundError, NothingReleasedError, ParamsError, hide_password
+from flows.errors import ModelNotFoundError, NothingReleasedError, ParamsError, hide_password
 from flows.params import DataParams, EvaluateParams, SearchSpace, TrainParams, TuneParams
 from flows.progress import say
 from flows.settings import FlowSettings, export_environment, load_settings
@@ -47,18 +33,15 @@ from flows.stages import (
     fit,
     keep_fit,
     load,
-    measure_anchor,
     open_anchor,
-    own_texts,
     preprocess,
     record,
-    score_dev,
     tracked_run,
 )
 from flows.train import TrainResult
+from flows.trials import Bench, drop_weights, measure_cost, run_trial
 
 PROBE_TEXTS = 48  # of dev, whose computation is timed
-CHECK_PAIRS, CHECK_QUERIES, CHECK_DOCUMENTS = 256, 64, 1024  # of dev, that a check in the middle of a trial scores
 WAIT_S = 5.0  # between two looks at what other processes do
 
 
@@ -97,8 +80,8 @@ def tune(
     wanted = {*tune.costs, *tune.cost_limits}
     conditions = [identify_machine()] if wanted.intersection(MACHINE_COSTS) else []
     conditions += [f"anchor {anchor.tag}"] if anchor is not None else []
-    with tempfile.TemporaryDirectory(prefix="ekiben-cost-") as scratch:
-        meter = CostMeter(spread_texts(dataset.dev, PROBE_TEXTS), wanted, Path(scratch))
+    with open_scratch(settings.runs_path) as scratch:
+        meter = CostMeter(spread_texts(dataset.dev, PROBE_TEXTS), wanted, scratch)
         search = Search(
             settings.study_storage or settings.journal_path,
             name=study_name(tune.space, [metric, *tune.costs], dataset.version.md5, train, data, conditions=conditions),
@@ -111,15 +94,15 @@ def tune(
             say(f"[tune] going on with study {search.name}: {search.resumed_trials} trials are done")
         tags = {"study": search.name, "primary_metric": metric, "policy": tune.policy}
         sections = {"data": data, "train": train, "evaluate": evaluate, "tune": tune}
+        bench = Bench(search, dataset, evaluate, tune.pruning_checks, tracker, settings, scratch, anchor)
         with tracked_run(tracker, "tune", dataset, sections, tags=tags) as parent_run_id:
-            trainer = partial(run_trial, search, dataset, evaluate, tune.pruning_checks, anchor, tracker, settings)
-            _run_trials(search, deadline, lambda candidate: trainer(candidate, parent_run_id))
+            _run_trials(search, deadline, lambda candidate: run_trial(bench, candidate, parent_run_id))
             best = search.best()
             rows = show_front(search, best, metric, tune, tracker, parent_run_id)
             with search.alone(f"finish {best.run_id}"):
-                winner = finish_winner(best, dataset, metric, evaluate, tracker, settings, anchor)
+                winner = finish_winner(best, bench)
             if not search.others_at_work:
-                _drop_weights(search, settings, keep=set())
+                drop_weights(search, settings, keep=set())
     return TuneResult(
         **winner.model_dump(),
         study=search.name,
@@ -155,111 +138,21 @@ def _run_trials(search: Search, deadline: float, train: Callable[[Candidate], No
         time.sleep(WAIT_S)
 
 
-def measure_cost(meter: CostMeter, anchor: Anchor | None, params: TrainParams) -> Costs:
-    """Measure what a candidate will cost in serving, and say it."""
-    costs = meter.measure(params)
-    if anchor is not None and "bytes_per_vector" in costs:
-        shorten_anchor(anchor, round(costs["bytes_per_vector"] / BYTES_PER_NUMBER))  # refuses what cannot be near it
-    if costs:
-        parts = [f"{params.layers} layers" if params.layers else "all layers"]
-        parts += [f"{params.dimensions} dimensions"] if params.dimensions else []
-        parts += [f"{params.max_tokens} tokens", params.precision]
-        figures = ", ".join(f"{name} {value:g}" for name, value in costs.items())
-        say(f"[cost] {params.base_model}, {', '.join(parts)}: {figures}")
-    return costs
-
-
-def finish_winner(
-    best: Best,
-    dataset: Dataset,
-    metric: str,
-    evaluate: EvaluateParams,
-    tracker: Tracker,
-    settings: FlowSettings,
-    anchor: Anchor | None = None,
-) -> TrainResult:
+def finish_winner(best: Best, bench: Bench) -> TrainResult:
     """Evaluate the winner on test and register it, unless an earlier call or another process has done so."""
+    dataset, tracker, settings = bench.dataset, bench.tracker, bench.settings
     registered = next((release for release in tracker.versions() if release.run_id == best.run_id), None)
     if registered is not None:
         say(f"[tune] it is registered already, as version {registered.version}")
-        return TrainResult.of(best.run_id, registered.version, metric, tracker.find_run(best.run_id).metrics)
+        return TrainResult.of(best.run_id, registered.version, bench.metric, tracker.find_run(best.run_id).metrics)
     path = settings.runs_path / best.run_id / MODEL_FOLDER
     if not path.exists():
         say(f"[tune] the weights of trial {best.number} are gone; training it again gives the same")
-        again = fit(dataset.train, best.params, f"trial {best.number}", anchor=anchor)
+        again = fit(dataset.train, best.params, f"trial {best.number}", anchor=bench.anchor)
         path = keep_fit(tracker, best.run_id, again, settings)
-    evaluation = evaluate_candidate(dataset, path, best.params.base_model, evaluate)
+    evaluation = evaluate_candidate(dataset, path, best.params.base_model, bench.evaluate)
     version = record(tracker, best.run_id, dataset, path, evaluation)
-    return TrainResult.of(best.run_id, version, metric, evaluation.flat_metrics())
-
-
-@task(task_run_name="trial {candidate.number}", cache_policy=NO_CACHE)
-def run_trial(
-    search: Search,
-    dataset: Dataset,
-    evaluate: EvaluateParams,
-    checks: int,
-    anchor: Anchor | None,
-    tracker: Tracker,
-    settings: FlowSettings,
-    candidate: Candidate,
-    parent_run_id: str,
-) -> None:
-    """Train one candidate, giving it up when it is hopeless, and tell the study how it does on dev.
-
-    Its weights are kept only while it is on the front, or the one that the policy takes.
-    """
-    title = f"trial {candidate.number}"
-    metric = primary_metric(dataset.dev)
-    tags = {"study": search.name, "trial": str(candidate.number), "primary_metric": metric}
-    sections = {"train": candidate.params, "evaluate": evaluate}
-    few = thin_out(dataset.dev, pairs=CHECK_PAIRS, queries=CHECK_QUERIES, documents=CHECK_DOCUMENTS)
-    seen: list[tuple[int, float]] = []
-
-    def on_check(number: int, encode: Encode) -> bool:
-        seen.append((number, score_part(few, encode, evaluate).metrics[metric]))
-        return search.check(candidate, *seen[-1])
-
-    try:
-        with tracked_run(tracker, title, dataset, sections, parent_run_id=parent_run_id, tags=tags) as run_id:
-            tracker.log_metrics(run_id, {f"cost/{name}": cost for name, cost in candidate.costs.items()})
-            result = fit(dataset.train, candidate.params, title, on_check=on_check, checks=checks, anchor=anchor)
-            path = keep_fit(tracker, run_id, result, settings)
-            tracker.log_curve(run_id, f"check/{metric}", seen)
-            tracker.set_tags(run_id, {"hopeless": str(result.hopeless).lower()})
-            value = None if result.hopeless else score_candidate(dataset, candidate, result, evaluate, metric)
-            if value is not None:
-                tracker.log_metrics(run_id, {f"dev/{metric}": value})
-                measure_anchor(tracker, run_id, dataset.dev, result, anchor, evaluate)
-    except DivergedError as error:
-        search.fail(candidate, str(error))
-        say(f"[tune] {title} is out: {error}")
-        return
-    except Exception as error:
-        search.fail(candidate, str(error))
-        raise
-    if value is None:
-        shutil.rmtree(path.parent)
-        say(f"[tune] {title}: {search.give_up(candidate, seconds=result.seconds, run_id=run_id)}")
-        return
-    search.report(candidate, value, seconds=result.seconds, run_id=run_id, stopped_early=result.stopped_early)
-    say(f"[tune] {title}: dev {metric} {value:.4f} in {result.seconds:.0f} s")
-    best = search.best_or_none()
-    _drop_weights(
-        search, settings, keep={*(point.number for point in search.front()), *([best.number] if best else [])}
-    )
-
-
-def score_candidate(
-    dataset: Dataset, candidate: Candidate, result: Fit, evaluate: EvaluateParams, metric: str
-) -> float:
-    """Score a trained candidate on dev, as it will be served: one that asks for int8 by its int8 export."""
-    if candidate.params.precision != "int8":
-        return score_dev(dataset.dev, result, evaluate, metric)
-    with tempfile.TemporaryDirectory(prefix="ekiben-int8-") as scratch:
-        exported = export_for_serving(result.model, Path(scratch) / "box", texts=own_texts(dataset.train))
-        engine = exported.open(serving_precision(exported, candidate.params))
-        return score_part(dataset.dev, partial(encode_served, engine), evaluate).metrics[metric]
+    return TrainResult.of(best.run_id, version, bench.metric, evaluation.flat_metrics())
 
 
 def show_front(
@@ -293,13 +186,6 @@ def _finished_rows(search: Search, best: Best) -> list[dict[str, Any]]:
     order = {point.number: place for place, point in enumerate(search.finished())}
     rows = [row | {"taken": row["trial"] == best.number} for row in search.rows() if row["trial"] in order]
     return sorted(rows, key=lambda row: order[row["trial"]])
-
-
-def _drop_weights(search: Search, settings: FlowSettings, *, keep: set[int]) -> None:
-    """Remove the weights of all trials but those that may still be taken."""
-    for number, run_id in search.run_ids().items():
-        if number not in keep:
-            shutil.rmtree(settings.runs_path / run_id, ignore_errors=True)
 
 
 def _check_runs(search: Search, tracker: Tracker, settings: FlowSettings) -> None:

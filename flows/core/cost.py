@@ -13,8 +13,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ from bentos.engine import Engine
 from bentos.errors import LunchboxError
 from bentos.manifest import DataVersion, Manifest
 from bentos.text import apply_prompt, clean_text
+from flows.core.processes import identify_process, is_alive
 from flows.errors import EkibenError, UnsupportedModelError, one_line
 from flows.params import CostName, TrainParams
 
@@ -42,6 +45,7 @@ STEADY_GAIN = 0.02
 MAX_SECONDS = 20.0  # after which no further round is begun
 PROBE_TIMEOUT_S = 600.0
 KEPT_EXPORTS = 2  # architectures whose files are kept for a next trial that differs in precision or tokens only
+SCRATCH_PREFIX, OWNER_FILE = "exports-", "owner.json"
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -109,6 +113,20 @@ class CostMeter:
             box = self._scratch / f"architecture-{time.monotonic_ns()}"
             self._kept[key] = export_for_serving(model, box, texts=self._texts)
         return self._kept[key]
+
+
+@contextmanager
+def open_scratch(parent: Path) -> Iterator[Path]:
+    """Give a new folder in `parent` for exports, removed at the end. First removes those of killed processes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(OSError, ValueError):
+            if not is_alive(json.loads((old / OWNER_FILE).read_text(encoding="utf-8"))):
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=parent, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / OWNER_FILE).write_text(json.dumps(identify_process()), encoding="utf-8")
+        yield folder
 
 
 def identify_machine() -> str:

@@ -3,6 +3,10 @@
 Core layer. A head is a plain `Dense` module without bias and activation, so the model loads in plain
 sentence-transformers and exports like any other. Which smaller numbers of dimensions were trained beside the full one
 is written into the transformer's `config.json`, under the key that other servers (vLLM) read as well.
+
+It starts as the first dimensions. Starting from the principal axes of the training texts' vectors was tried and lost:
+with all-MiniLM-L6-v2 at 128 dimensions, 60 steps on 960 rows of STS-B, Spearman on 500 others was 0.844, where cutting
+a model that was trained whole gave 0.857.
 """
 
 from __future__ import annotations
@@ -90,29 +94,6 @@ def set_head(model: SentenceTransformer, weight: npt.NDArray[np.float64]) -> Non
     head = next(module for module in reversed(list(model)) if isinstance(module, Dense))
     with torch.no_grad():
         head.linear.weight.copy_(torch.from_numpy(weight))
-
-
-def principal_axes(vectors: FloatArray, dimensions: int) -> npt.NDArray[np.float64]:
-    """The map to `dimensions` that keeps the products of `vectors` best, what matters most first.
-
-    Its rows are the right singular vectors of the vectors with the largest singular values, not centred: by Eckart and
-    Young (1936), "The approximation of one matrix by another of lower rank", no other map of this rank comes nearer to
-    the products of all pairs, which for unit vectors are their cosines. The largest entry of each row is positive, so
-    that the outcome does not hang on the library's choice of signs.
-
-    Args:
-        vectors: Unit vectors (texts, width).
-        dimensions: At most `width`.
-
-    Returns:
-        (dimensions, width), with orthonormal rows.
-    """
-    exact = vectors.astype(np.float64)
-    _, axes = np.linalg.eigh(exact.T @ exact)  # ascending
-    rows = axes[:, ::-1][:, :dimensions].T
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
-    oriented: npt.NDArray[np.float64] = rows * np.where(largest < 0, -1.0, 1.0)
-    return oriented
 
 
 def nearest_axes(vectors: FloatArray, targets: FloatArray) -> npt.NDArray[np.float64]:

@@ -60,11 +60,22 @@ class Job:
         """BentoML home folder in which it builds and measures."""
         return self.scratch / "bentoml"
 
-    def is_released(self, manifest: Manifest) -> bool:
-        """Whether the candidate was released just as it is packed, and everything is in its place."""
+    @property
+    def has_alias(self) -> bool:
+        """Whether the candidate is what it is to become already."""
+        return self.params.alias in self.release.aliases
+
+    def is_proven(self, manifest: Manifest) -> bool:
+        """Whether the candidate has passed every gate just as it is packed, beside the same champion.
+
+        Then everything but the aliases is in its place: it is released already, or has been a challenger, or was left
+        by a rollback, or its release was killed at the very end.
+        """
+        tags, compat = self.release.tags, manifest.compat
         return (
-            self.params.alias in self.release.aliases
-            and self.release.tags.get(MANIFEST_TAG) == hash_manifest(self.box)
+            tags.get("verdict") == PASSED
+            and tags.get(MANIFEST_TAG) == hash_manifest(self.box)
+            and (compat.version if compat is not None else "") == self.replaces
             and bento_exists(manifest.tag)
             and is_stored(manifest)
         )

@@ -22,7 +22,7 @@ from bentos.text import clean_text
 from bentos.vectors import normalize
 from flows.core.anchor import shorten_anchor
 from flows.core.folders import replaced_folder
-from flows.core.heads import attach_head, nearest_axes, nest_dims, note_nested_dims, principal_axes, set_head
+from flows.core.heads import attach_head, nearest_axes, nest_dims, note_nested_dims, set_head
 from flows.core.models import count_layers, get_transformer, load_base_model, quiet_libraries
 from flows.core.rows import choose_losses, list_texts, make_columns, number_texts
 from flows.errors import DivergedError, ParamsError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flows.core.evaluation import Encode
 
 CHECK_BATCH = 32  # texts at once while a check scores the model
-HEAD_TEXTS = 2048  # training texts that a head is fitted on
+HEAD_TEXTS = 2048  # training texts by which a head is turned to the anchor
 DISTILL_LEARNING_RATE = 2e-4  # peak; a copy of known vectors stands a higher one than labels do
 DISTILL_SHARE = 0.5  # of the time budget, at most
 
@@ -101,7 +101,7 @@ def fit_model(
     """Fine-tune the base model on `train`.
 
     A model with fewer layers first learns the vectors that the whole base model gives the training texts
-    (`distill_steps`), then a head is fitted when `dimensions` are asked for, then come the steps that see labels. Rows
+    (`distill_steps`); then come the steps that see labels, which train the head for `dimensions` as well. Rows
     are drawn in an order shuffled by the seed, epoch after epoch until `params.steps` optimizer steps are done. The
     learning rate rises for the first tenth of the steps, then falls linearly to 0. The time budget, counted from the
     call, is checked after every step: a native computation is never interrupted, and what was trained is kept.
@@ -142,10 +142,10 @@ def fit_model(
     texts = list_texts(columns)
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="ekiben-fit-") as scratch:
         distilling = _distill(body, texts, params, started, Path(scratch), on_progress)
-        if params.dimensions:
-            _fit_head(body, model, texts, params, near)
         pull = None
         if near is not None:
+            if params.dimensions:
+                _turn_head(body, model, texts, near, params.seed)
             pull = Pull(params.anchor_weight, Targets(texts, near))
             columns = number_texts(columns, texts)
         watch = _Watch(params, started, on_progress)
@@ -269,22 +269,13 @@ def _distill(
     return watch
 
 
-def _fit_head(
-    body: SentenceTransformer,
-    model: SentenceTransformer,
-    texts: Sequence[str],
-    params: TrainParams,
-    near: Encode | None,
+def _turn_head(
+    body: SentenceTransformer, model: SentenceTransformer, texts: Sequence[str], near: Encode, seed: int
 ) -> None:
-    """Start the head from what keeps the cosines of training texts best; with an anchor, from what is nearest to it."""
-    assert params.dimensions is not None
-    chosen = np.random.default_rng(params.seed).permutation(len(texts))[:HEAD_TEXTS]
+    """Start the head from what brings the training texts nearest to the anchor, whose axes may be turned."""
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:HEAD_TEXTS]
     sample = [texts[row] for row in chosen]
-    vectors = normalize(make_encode(body, CHECK_BATCH)(sample))
-    if near is None:
-        set_head(model, principal_axes(vectors, params.dimensions))
-    else:
-        set_head(model, nearest_axes(vectors, near(sample)))
+    set_head(model, nearest_axes(normalize(make_encode(body, CHECK_BATCH)(sample)), near(sample)))
 
 
 def _freeze(model: SentenceTransformer, params: TrainParams) -> None:

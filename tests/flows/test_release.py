@@ -9,7 +9,7 @@ from bentos.aliases import read_aliases
 from bentos.manifest import read_manifest
 from flows.core.boxes import check_box, find_box
 from flows.core.history import read_history
-from flows.core.measuring import Measured, Serving
+from flows.core.measuring import Measured, Serving, measure_bentos
 from flows.core.packing import bento_exists, hash_manifest, is_stored
 from flows.core.release_lock import list_holders
 from flows.core.tracking import Tracker, open_tracker
@@ -70,9 +70,8 @@ def test_release_moves_the_champion_only_past_the_gates_and_is_harmless_to_repea
 
     # A dry run goes all the way and leaves nothing.
     state = registry_state(tracker), tracker.model_tags(), tracker.find_run(first.run_id)
-    with monkeypatch.context() as patch:
-        patch.setattr("flows.release.measure_bentos", answers_well)
-        tried = release(run=first.run_id, release=any_gain, dry_run=True)
+    monkeypatch.setattr("flows.release.measure_bentos", answers_well)
+    tried = release(run=first.run_id, release=any_gain, dry_run=True)
     assert tried.alias == ""
     assert tried.metrics["serve/p95_ms"] == 5.0
     assert {"parity", "latency"} <= {row["gate"] for row in tried.gates}
@@ -123,7 +122,8 @@ def test_release_moves_the_champion_only_past_the_gates_and_is_harmless_to_repea
     assert read_manifest(box).default_precision == "int8"
     assert (small.bento_tag, small.space_id) == (shipped.bento_tag, shipped.space_id)
 
-    # The next version takes over; the old one is `previous`.
+    # The next version takes over; the old one is `previous`. Both are served and measured, out of the way.
+    monkeypatch.setattr("flows.release.measure_bentos", measure_bentos)
     second = train(data=data, train=small_train.model_copy(update={"seed": 7}), evaluate=small_evaluate)
     newer = release(run=second.version, release=any_gain)
     assert newer.version == second.version

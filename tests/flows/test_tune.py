@@ -77,6 +77,7 @@ def test_a_finished_study_is_not_trained_again(
     assert len([run for run in mlflow_runs() if run.info.run_name.startswith("trial")]) == 3
 
 
+@pytest.mark.slow
 def test_what_is_over_a_limit_is_not_trained(
     data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, small_tune: TuneParams
 ) -> None:
@@ -145,7 +146,8 @@ def test_a_study_over_architectures_has_a_front_and_int8_trials_are_scored_in_in
     assert len(trials) == result.finished_trials + result.hopeless_trials == 8
     for row in result.trials:
         run = trials[row["trial"]]
-        assert run.data.metrics["dev/spearman"] == row["value"]
+        if not row["taken"]:  # the run of the one that is taken has the figures of its fp32 model by now
+            assert run.data.metrics["dev/spearman"] == row["value"]
         for cost in costs:
             assert run.data.metrics[f"cost/{cost}"] == row[cost]
     by_architecture: dict[tuple[Any, ...], set[tuple[float, ...]]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from flows.core.cost import (
     encode_served,
     export_for_serving,
     identify_machine,
+    open_scratch,
     serving_precision,
 )
 from flows.core.models import load_saved_model
@@ -94,6 +97,25 @@ def test_what_is_measured_and_scored_is_what_would_be_served(tmp_path: Path) -> 
 def test_the_machine_has_a_name_that_stays() -> None:
     assert identify_machine() == identify_machine()
     assert "onnxruntime" in identify_machine()
+
+
+def test_exports_of_a_process_that_was_killed_are_cleared_away_and_those_of_others_are_not(tmp_path: Path) -> None:
+    code = "import sys, pathlib, time; from flows.core.cost import open_scratch\n"
+    code += "with open_scratch(pathlib.Path(sys.argv[1])) as folder: print(folder, flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "runs")], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    theirs = Path(child.stdout.readline().strip())
+    try:
+        with open_scratch(tmp_path / "runs") as ours:
+            assert theirs.is_dir()
+            assert ours.is_dir()
+    finally:
+        child.kill()
+        child.wait()
+    assert theirs.is_dir()
+    with open_scratch(tmp_path / "runs") as ours:
+        assert list((tmp_path / "runs").iterdir()) == [ours]
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,10 +17,12 @@ from bentos.aliases import alias_path, read_aliases
 from flows.core import promotion
 from flows.core.history import Act, Kind, read_history, was_done
 from flows.core.promotion import carry_out, find_differences, mirror_aliases
-from flows.core.release_lock import ReleaseLock
+from flows.core.release_lock import ReleaseLock, list_holders
 from flows.core.tracking import Tracker
 from flows.errors import EkibenError, NothingReleasedError, ReleaseRaceError
 from tests.flows.core.test_registry import aliases, register_run
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -287,3 +292,50 @@ def test_what_this_machine_says_otherwise_is_named(tracker: Tracker, home: Path,
     assert find_differences(tracker, home) == []
     alias_path(home, "ekiben").write_text("{")
     assert "is not JSON" in find_differences(tracker, home)[0]
+
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from flows.core.history import Act
+from flows.core.promotion import carry_out
+from flows.core.release_lock import ReleaseLock
+from flows.core.tracking import Tracker
+uri, home, when = sys.argv[1:]
+tracker = Tracker(uri, experiment="ekiben", model_name="ekiben")
+set_alias = tracker.set_alias
+def die(alias, version):
+    if alias == "champion" and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    set_alias(alias, version)
+    if alias == "champion":
+        os.kill(os.getpid(), signal.SIGKILL)
+tracker.set_alias = die
+act = Act(at="", kind="release", version="2", replaces="1")
+with ReleaseLock(tracker, "release of version 2") as lock:
+    carry_out(tracker, lock, act, tags={"space_id": "s2"}, previous="1", home=Path(home))
+"""
+
+
+@pytest.mark.parametrize(("when", "champion"), [("before", "1"), ("after", "2")])
+def test_a_process_that_is_killed_at_the_alias_is_followed_by_one_that_completes_it(
+    when: str, champion: str, open_tracker: Callable[[], Tracker], home: Path
+) -> None:
+    tracker = open_tracker()
+    for version in ("1", "2"):
+        register_run(tracker)
+        tracker.set_version_tags(version, {"space_id": f"s{version}"})
+    with ReleaseLock(tracker, "release of version 1") as lock:
+        first = Act(at="", kind="release", version="1")
+        carry_out(tracker, lock, first, tags={}, previous="", home=home)
+    killed = subprocess.run([sys.executable, "-c", DIE, tracker.uri, str(home), when], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert aliases(tracker)["champion"] == champion
+    assert pointed(home) == {"champion": "1"}
+    assert len(list_holders(tracker)) == 1
+    act = Act(at="", kind="release", version="2", replaces="1")
+    with ReleaseLock(tracker, "release of version 2") as lock:  # the holder is dead: nobody waits
+        carry_out(tracker, lock, act, tags={"space_id": "s2"}, previous="1", home=home)
+    assert aliases(tracker) == pointed(home) == {"champion": "2", "previous": "1"}
+    assert [item.version for item in read_history(tracker)] == ["1", "2"]
+    assert list_holders(tracker) == []
