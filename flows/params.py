@@ -122,9 +122,9 @@ class TrainParams(Section):
         None,
         ge=8,
         le=8192,
-        description="Vectors of so many dimensions, by a linear map that begins as the first ones and is trained by the "
-        "Matryoshka loss, so that its first half, quarter, ... (16 at least) can be asked for too. At most as many as "
-        "the base model has; default: just these, without a map.",
+        description="Vectors of so many dimensions, by a linear map that begins as the first ones and is trained with "
+        "the Matryoshka loss, so that its first half, quarter, ... (16 at least) can be asked for too. At most as many "
+        "as the base model has. Default: as many as that, without a map.",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "auto", description="What a release makes of it, unless `release.precision` says otherwise."
