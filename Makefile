@@ -18,7 +18,7 @@ CUDA := $(foreach p,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft c
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx,nvidia-$p) cuda-bindings cuda-pathfinder cuda-toolkit triton
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup test test-slow browser bench soak check format docs sample lock clean
+.PHONY: help up setup test test-slow test-heavy browser bench soak check format docs sample lock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,10 @@ test: setup ## the tests, in under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup ## the tests that train and serve the real model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not heavy"
+
+test-heavy: setup ## a release killed at every step, swaps under a minute of load: on a machine that does nothing else
+	$(BIN)/python -m pytest -m heavy
 
 bench: setup ## Ekiben and its peers side by side, about 25 minutes of a quiet machine -> docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks

@@ -183,6 +183,7 @@ def test_two_workers_follow_the_alias_and_obey_by_hand_and_no_answer_is_wrong(
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_minute_of_load_and_six_swaps(
     workers: int,
@@ -220,6 +221,7 @@ def test_a_minute_of_load_and_six_swaps(
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_real_model_comes_and_goes_unfelt_and_gives_its_memory_back(
     workers: int, real_home: Path, tmp_path: Path, texts: list[str]

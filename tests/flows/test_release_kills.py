@@ -30,7 +30,7 @@ from flows.params import DataParams, EvaluateParams, TrainParams
 from tests.flows.killing import Drive, run, start, steps_of
 from tests.flows.support import write_pairs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(3600)]
 
 VOLATILE_TAGS = {"promoted_at", "manifest_sha256"}  # times and what was measured
 LENIENT = {"min_gain": -2, "champion_margin": -2, "slice_max_drop": 2, "max_calibration_error": 1, "max_slowdown": 1e6}
@@ -242,16 +242,37 @@ def name_of(step: str) -> str:
     return step.partition("#")[0]
 
 
+@pytest.mark.heavy
 def test_a_release_that_is_killed_at_any_step_ends_like_an_undisturbed_one(world: World) -> None:
     steps = kill_everywhere(world, "one released", "flows.release:release", RELEASE, ("1", "2"), later="two packed")
     assert steps > 25
 
 
+@pytest.mark.heavy
 def test_a_challenger_that_is_killed_at_any_step_never_touches_the_champion(world: World) -> None:
     steps = kill_everywhere(world, "two packed", "flows.release:release", CHALLENGER, ("1",))
     assert steps > 25
 
 
+def test_a_challenger_becomes_champion_without_a_touch_to_what_servers_have_seen(world: World) -> None:
+    world.reset("two packed")
+    world.finish("flows.release:release", CHALLENGER)
+    tracker = world.tracker
+    (challenger,) = (item for item in tracker.versions() if "challenger" in item.aliases)
+    assert challenger.version == "2"
+    assert champion_loads(world, "1") == "1"
+    folder = world.bento_home / "models" / "ekiben-model" / f"2-{challenger.run_id[:8]}"
+    before = {path.name: path.stat() for path in folder.iterdir()}
+    promoted = world.finish("flows.release:release", RELEASE)
+    assert {path.name: path.stat() for path in folder.iterdir()} == before
+    assert not {"measure_bentos", "install"} & set(map(name_of, steps_of(promoted.log.with_suffix(".steps"))))
+    champion_loads(world, "2")
+    assert [act.kind for act in read_history(tracker)] == ["release", "challenger", "release"]
+    end = world.ends["release"]
+    assert look(world) | {"history": end["history"]} == end
+
+
+@pytest.mark.heavy
 def test_a_rollback_that_is_killed_at_any_step_ends_like_an_undisturbed_one(world: World) -> None:
     steps = kill_everywhere(world, "two released", "flows.rollback:rollback", ROLLBACK, ("2", "1"))
     assert steps >= 8
@@ -259,6 +280,7 @@ def test_a_rollback_that_is_killed_at_any_step_ends_like_an_undisturbed_one(worl
     assert champion_loads(world, "1") == "1"
 
 
+@pytest.mark.heavy
 def test_a_rollback_builds_again_what_the_store_has_lost_and_can_be_killed_at_it(world: World) -> None:
     world.reset("two released")
     one = next((world.bento_home / "bentos" / "ekiben").glob("1-*"))
@@ -270,6 +292,7 @@ def test_a_rollback_builds_again_what_the_store_has_lost_and_can_be_killed_at_it
     assert steps >= 15
 
 
+@pytest.mark.heavy
 def test_a_release_that_is_killed_at_any_moment_ends_like_an_undisturbed_one(world: World) -> None:
     """Not only between steps: in the middle of a copy, an upload or a transaction, too."""
     rng = random.Random(11)
@@ -298,6 +321,7 @@ FULL_AT = ("replaced_folder", "put_folder", "replace_files", "stage_bento", "ins
 GONE_AT = ("Tracker.claim", "Tracker.log_metrics", "Tracker.log_folder", "Tracker.set_model_tag", "Tracker.set_alias")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("how", "names"), [("disk full", FULL_AT), ("no registry", GONE_AT)])
 def test_when_the_disk_is_full_or_the_registry_gone_the_champion_stands(
     how: str, names: tuple[str, ...], world: World

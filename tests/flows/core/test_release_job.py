@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bentos.manifest import Compat, read_manifest, write_manifest
-from flows.core.boxes import box_path
+from flows.core.boxes import MANIFEST_TAG, box_path
 from flows.core.lineage import trace_version
+from flows.core.packing import hash_manifest, store_model
 from flows.core.registry import Release
 from flows.core.release_job import Job, find_replaced, open_job
 from flows.core.release_lock import ReleaseLock
@@ -137,6 +138,35 @@ def test_the_precision_is_the_trainings_unless_the_release_asks_for_one(
     if trained is not None:
         tracker.log_params(release.run_id, {"train": {"precision": trained}})
     assert open_it("1", ReleaseParams.model_validate({"precision": asked})).params.precision == expected
+
+
+def test_a_candidate_is_proven_just_as_it_was_released_beside_the_same_champion(
+    tracker: Tracker, settings: FlowSettings, open_it: Callable[..., Job], pack: Callable[..., Path]
+) -> None:
+    box = pack(register_run(tracker))
+    manifest = read_manifest(box)
+
+    def is_proven() -> bool:
+        return open_it("1").is_proven(manifest)
+
+    assert not is_proven()
+    store_model(box, manifest)
+    bento = settings.bento_store_path / "bentos" / "ekiben" / manifest.bento_version
+    bento.mkdir(parents=True)
+    (bento / "bento.yaml").write_text(
+        f"service: bentos.service:EmbeddingService\nname: ekiben\nversion: {manifest.bento_version}\n"
+        "bentoml_version: 1.4.39\ncreation_time: '2026-11-23T10:04:44.834580+00:00'\n"
+    )
+    tracker.set_version_tags("1", {MANIFEST_TAG: hash_manifest(box)})
+    assert not is_proven()
+    tracker.set_version_tags("1", {"verdict": "passed"})
+    assert is_proven()
+    pack(register_run(tracker))
+    tracker.set_alias("champion", "2")
+    assert not is_proven()  # it was not compared with that one
+    tracker.set_alias("champion", None)
+    (bento / "bento.yaml").unlink()
+    assert not is_proven()
 
 
 def test_a_dry_run_works_on_a_copy(tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]) -> None:
