@@ -125,7 +125,7 @@ class Follower:
             await self._spread_aliases()
             await self._serve(pointer)
             self._note(failures=0)
-        except (RegistryError, OSError) as error:
+        except (RegistryError, LunchboxError, OSError) as error:
             if str(error) != self._state.error:
                 logger.warning("the alias %s cannot be followed: %s", alias, error)
             self._note(error=str(error), failures=self._state.failures + 1, doing=None)

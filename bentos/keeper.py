@@ -19,7 +19,7 @@ from bentos.refusals import Refusals
 from bentos.rules import list_names
 from bentos.settings import ServeSettings
 from bentos.shelf import Copy, Shelf
-from bentos.sources import LocalSource, Source, UnknownVersionError, check_box, mark_used
+from bentos.sources import LocalSource, Source, UnknownVersionError, UnreadableVersionError, check_box, mark_used
 from bentos.swaps import Swaps
 from bentos.worker import Worker
 
@@ -159,8 +159,8 @@ class Keeper:
             raise UnknownModelError(str(error), field="version") from None
         except RegistryError as error:
             raise NotReadyError(f"{reference[:200]!r} cannot be looked up: {error}") from None
-        except LunchboxError as error:
-            raise self._refuse(reference, str(error), "") from None
+        except UnreadableVersionError as error:
+            raise self._refuse(f"{self._settings.model_name}:{error.bento_version}", str(error), "") from None
 
     def _refuse(self, tag: str, reason: str, fingerprint: str) -> RefusedVersionError:
         self._refusals.refuse(tag, reason, fingerprint)

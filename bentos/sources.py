@@ -47,8 +47,8 @@ class Source(Protocol):
 
         Raises:
             UnknownVersionError: when there is none, or more than one.
+            UnreadableVersionError: when it is there and cannot be used.
             RegistryError: when the source cannot be reached or understood.
-            LunchboxError: when it is there and cannot be used.
         """
 
     def find_here(self, pointer: Pointer) -> Path | None:
@@ -68,6 +68,15 @@ class Source(Protocol):
 
 class UnknownVersionError(RegistryError):
     """The reference names no version, or more than one."""
+
+
+class UnreadableVersionError(LunchboxError):
+    """The reference names a version whose manifest cannot be read, so that nothing more is known of it."""
+
+    def __init__(self, bento_version: str, problem: LunchboxError) -> None:
+        """Say which version, and what is wrong with it."""
+        super().__init__(str(problem))
+        self.bento_version = bento_version
 
 
 class LocalSource:
@@ -115,8 +124,15 @@ class LocalSource:
             )
         if len(found) > 1:
             raise UnknownVersionError(f"{reference[:200]!r} may be {' or '.join(sorted(found))}: name one of them")
-        (folder,) = found.values()
-        return point_at(read_manifest(folder))
+        ((bento_version, folder),) = found.items()
+        try:
+            pointer = point_at(read_manifest(folder))
+            if pointer.bento_version != bento_version:
+                problem = f"its run_id is {pointer.run_id!r} and its version {pointer.version!r}: release it again"
+                raise LunchboxError(f"{folder} should hold {bento_version}, but {problem}")
+        except LunchboxError as error:
+            raise UnreadableVersionError(bento_version, error) from None
+        return pointer
 
     def find_here(self, pointer: Pointer) -> Path | None:
         """The folder of a version, in the store or in the Bento."""

@@ -84,6 +84,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             line = process.stdout.readline()
             assert line, (home / "stderr").read_text()
             wait_until_ready(f"http://127.0.0.1:{port}", process)
+            wait_for_closing_screen(home / "stderr")
             yield Up(f"http://127.0.0.1:{port}", home, process, json.loads(line))
         finally:
             process.terminate()
@@ -99,6 +100,13 @@ def wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
         except httpx.TransportError:
             time.sleep(0.2)
     pytest.fail("the API did not get ready")
+
+
+def wait_for_closing_screen(stderr: Path) -> None:
+    """`up` asks whether the API is ready just as this test does, and prints its last lines after that."""
+    deadline = time.monotonic() + 60
+    while "Ready: " not in stderr.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def test_up_gains_on_the_base_model_and_shows_progress_all_the_way(up: Up) -> None:

@@ -101,7 +101,7 @@ def serve(new: Lunchbox, old: Lunchbox, use: Callable[[Stage], Awaitable[None]],
         finally:
             await shelf.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def check_names(response: httpx.Response, box: Lunchbox, space: str | None = None) -> None:

@@ -69,7 +69,7 @@ def old(tiny_lunchbox_path: Path, manifest: Manifest) -> Engine:
 
 def wait_for(client: httpx.Client, condition: Any) -> Any:
     """The content of /models/info once it fulfils a condition."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition(info := client.get("/models/info").json()) and time.monotonic() < deadline:
         client.post("/encode", json={"texts": [f"{time.monotonic_ns()} trains"]})
         time.sleep(0.05)

@@ -28,6 +28,13 @@ from bentos.shelf import Shelf
 from bentos.vectors import cosine_pairs
 from tests.bentos.shelves import make_map, make_shelf, open_shared
 
+PATIENCE_S = 300.0  # on a machine that is busy with something else
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow_module, "TIME_LIMIT_S", PATIENCE_S)
+
 
 @dataclass
 class Ear(Observer):
@@ -89,7 +96,7 @@ def play(
             await shadow.stop()
             await shelf.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_texts_are_compared_in_the_space_of_the_live_version(boxes: tuple[Lunchbox, Lunchbox]) -> None:
