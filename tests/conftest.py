@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -56,17 +58,20 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def isolated_environment(tmp_path: Path, session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the test its own home folders, and none of the developer's addresses; return its EKIBEN_HOME."""
+def isolated_environment(tmp_path: Path, session_home: Path) -> Iterator[Path]:
+    """Give the test its own home folders, and none of the developer's addresses; return its EKIBEN_HOME.
+
+    Whatever the test or what it calls writes into the environment is gone after it: commands that run in this process
+    hand settings on to MLflow and BentoML that way.
+    """
     home = tmp_path / "ekiben-home"
-    for name, value in QUIET_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    for name in OWN_STACK:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("EKIBEN_HOME", str(home))
-    monkeypatch.setenv("BENTOML_HOME", str(home / "bentoml"))
-    monkeypatch.setenv("PREFECT_HOME", str(session_home / "prefect"))
-    return home
+    with mock.patch.dict(os.environ, QUIET_ENVIRONMENT):
+        for name in OWN_STACK:
+            os.environ.pop(name, None)
+        os.environ["EKIBEN_HOME"] = str(home)
+        os.environ["BENTOML_HOME"] = str(home / "bentoml")
+        os.environ["PREFECT_HOME"] = str(session_home / "prefect")
+        yield home
 
 
 @pytest.fixture(scope="session")
