@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def environment(home: Path) -> dict[str, str]:
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("EKIBEN_", "BENTOML_", "MLFLOW_", "PREFECT_"))}
+    theirs = ("EKIBEN_", "BENTOML_", "MLFLOW_", "PREFECT_")
+    own = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
     return own | {"EKIBEN_HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
