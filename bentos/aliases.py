@@ -29,6 +29,7 @@ except ImportError:  # Windows: two writers at once are not kept apart there
 
 FOLDER = "ekiben"  # in BentoML's home
 LAYOUT = 1
+ANEW = "release or roll back again to write it anew"
 
 
 class Pointer(BaseModel):
@@ -61,30 +62,36 @@ def read_aliases(home: Path, model_name: str) -> dict[str, Pointer]:
     except OSError as error:
         raise RegistryError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise RegistryError(f"{path} is not JSON: {error}. Release or roll back again to write it anew") from None
+        raise RegistryError(f"{path} is not JSON: {error}; {ANEW}") from None
     layout = raw.get("layout") if isinstance(raw, dict) else None
     if layout != LAYOUT or not isinstance(raw.get("aliases"), dict):
-        raise RegistryError(f"{path} has layout {layout!r}; this version reads {LAYOUT}: update whichever is older")
+        raise RegistryError(
+            f"{path} has layout {layout!r}; this version reads {LAYOUT}: update whichever is older, or {ANEW}"
+        )
     try:
         return {alias: Pointer.model_validate(fields) for alias, fields in raw["aliases"].items()}
     except ValidationError as error:
         first = error.errors()[0]
-        raise RegistryError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise RegistryError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {ANEW}") from None
 
 
 def write_alias(home: Path, model_name: str, alias: str, pointer: Pointer | None) -> None:
     """Let `alias` name a version, or nothing (None); the other aliases stay. The file is replaced at once, whole.
 
+    A file that cannot be understood is written anew, with this alias alone: it helps nobody, and the registry knows all.
+
     Raises:
-        RegistryError: when the file that is there cannot be understood.
         OSError: when it cannot be written.
     """
     path = alias_path(home, model_name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
-        aliases = read_aliases(home, model_name)
-        if aliases.get(alias) == pointer:
-            return
+        try:
+            aliases = read_aliases(home, model_name)
+            if aliases.get(alias) == pointer:
+                return
+        except RegistryError:
+            aliases = {}
         aliases.pop(alias, None)
         if pointer is not None:
             aliases[alias] = pointer

@@ -128,7 +128,7 @@ def test_a_lock_is_held_by_one_until_it_is_closed(tmp_path: Path) -> None:
         ('{"layout": 1, "aliases": {"champion": {"version": "1"}}}', "bento_version: Field required"),
     ],
 )
-def test_a_file_that_cannot_be_understood_is_named_and_not_overwritten(
+def test_a_file_that_cannot_be_understood_is_named_and_the_next_write_writes_it_anew(
     tmp_path: Path, content: str, message: str
 ) -> None:
     path = alias_path(tmp_path, "ekiben")
@@ -137,9 +137,10 @@ def test_a_file_that_cannot_be_understood_is_named_and_not_overwritten(
     with pytest.raises(RegistryError, match=message) as caught:
         read_aliases(tmp_path, "ekiben")
     assert str(path) in str(caught.value)
-    with pytest.raises(RegistryError):
-        write_alias(tmp_path, "ekiben", "champion", pointer(1))
-    assert path.read_text() == content
+    assert "release or roll back again to write it anew" in str(caught.value)
+    write_alias(tmp_path, "ekiben", "challenger", None)
+    write_alias(tmp_path, "ekiben", "champion", pointer(1))
+    assert read_aliases(tmp_path, "ekiben") == {"champion": pointer(1)}
 
 
 def test_a_file_of_a_later_version_with_more_fields_is_read(tmp_path: Path) -> None:

@@ -294,6 +294,21 @@ def test_what_this_machine_says_otherwise_is_named(tracker: Tracker, home: Path,
     assert "is not JSON" in find_differences(tracker, home)[0]
 
 
+@pytest.mark.parametrize("content", ["{", '{"layout": 2, "aliases": {}}', "\x00"])
+def test_an_alias_file_that_nobody_understands_is_written_anew_by_the_next_act(
+    content: str, tracker: Tracker, home: Path, move: Callable[..., Act]
+) -> None:
+    for _ in range(2):
+        register_run(tracker)
+    move("1")
+    alias_path(home, "ekiben").write_text(content)
+    move("2", "1")
+    assert aliases(tracker) == pointed(home) == {"champion": "2", "previous": "1"}
+    alias_path(home, "ekiben").write_text(content)
+    move("2", "1")  # the same command again puts it right as well
+    assert pointed(home) == {"champion": "2", "previous": "1"}
+
+
 DIE = """
 import os, signal, sys
 from pathlib import Path
