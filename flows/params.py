@@ -281,6 +281,9 @@ class ReleaseParams(Section):
     alias: Literal["champion", "challenger"] = Field(
         "champion", description="What it becomes: the champion, or the challenger that servers may shadow first."
     )
+    allow_rolled_back: bool = Field(
+        False, description="Whether a version that a rollback has left may become the champion again."
+    )
     min_gain: float = Field(
         0.0,
         allow_inf_nan=False,
@@ -336,7 +339,8 @@ class ReleaseParams(Section):
         gt=0,
         le=1,
         description="Recall@10 of new queries on old vectors, where the old model's own queries find all, at least: as "
-        "they are for `compatible`, mapped for `adapter`. A model that was trained further and rebuilt its index finds "
+        "they are for `compatible` (there also where every other document is a new vector), mapped for `adapter`; after a "
+        "rollback of old queries on new vectors. A model that was trained further and rebuilt its index finds "
         "80 to 90 % of what it found before.",
     )
     compat_min_ndcg: float = Field(

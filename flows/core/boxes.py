@@ -1,8 +1,8 @@
 """Where the lunchbox of a version is: the home folder, the model store, or the artifacts of its run. Core layer.
 
 A box counts only when it is whole and, for a version that was released, the one that was released: its manifest has
-the hash in the version's tag. Packing a version anew for a release that is then refused leaves another box in the home
-folder, which must not be taken for the champion's.
+the hash in the version's tag. From then on no file of it changes: servers, stores and indexes rely on it, so a released
+version is taken as it is or not at all, and never packed anew.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bentos.errors import LunchboxError
-from bentos.manifest import MANIFEST_FILE, name_release, read_manifest, verify_files
+from bentos.errors import LunchboxError, NotReadyError
+from bentos.lunchbox import open_lunchbox
+from bentos.manifest import MANIFEST_FILE, Manifest, name_release, read_manifest, verify_files
 from flows.core.folders import replaced_folder
 from flows.core.packing import find_model, hash_manifest
 from flows.core.registry import Release
 from flows.core.tracking import Tracker
-from flows.errors import NothingReleasedError, one_line
+from flows.errors import EkibenError, NothingReleasedError, one_line
 
 BOX_FOLDER = "lunchbox"  # artifact folder of a run
-MANIFEST_TAG = "manifest_sha256"  # of a released version
+MANIFEST_TAG = "manifest_sha256"  # of a version that was released, or was a challenger
 
 
 def box_path(lunchboxes: Path, release: Release) -> Path:
@@ -61,9 +62,13 @@ def find_box(tracker: Tracker, release: Release, lunchboxes: Path, *, fetch_to: 
     except (LunchboxError, NothingReleasedError) as error:
         problems.append(one_line(error))
         name = f"version {release.version} of {tracker.model_name!r}"
+        cure = (
+            f"A released version is not packed anew: put it back to {box_path(lunchboxes, release)}, or train again"
+            if expected
+            else f"`ekiben release --run {release.version}` packs it"
+        )
         raise NothingReleasedError(
-            f"the lunchbox of {name} cannot be found whole ({'; '.join(problems)}). "
-            f"`ekiben release --run {release.version}` packs it anew"
+            f"the lunchbox of {name} cannot be found whole ({'; '.join(problems)}). {cure}"
         ) from None
     return to
 
@@ -92,6 +97,22 @@ def keep_box(tracker: Tracker, run_id: str, box: Path) -> None:
         last.mkdir()
         shutil.copy(box / MANIFEST_FILE, last)
         tracker.log_folder(run_id, last, to=BOX_FOLDER)
+
+
+def check_vectors(box: Path, release: Release) -> Manifest:
+    """Make sure that the box at `box` computes what it did when it was packed, and return its manifest.
+
+    Raises:
+        EkibenError: its canary vectors are not what they were, or it cannot be loaded on this machine.
+    """
+    try:
+        lunchbox = open_lunchbox(box)
+        problem = lunchbox.find_deviation(lunchbox.engine.embed(lunchbox.canary.texts))
+    except (LunchboxError, NotReadyError) as error:
+        problem = one_line(error)
+    if problem:
+        raise EkibenError(f"version {release.version} cannot be served any more: {problem}; nothing was changed")
+    return lunchbox.manifest
 
 
 def check_box(box: Path, release: Release, expected: str = "") -> None:

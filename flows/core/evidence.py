@@ -22,6 +22,7 @@ from flows.core.calibration import calibration_error
 from flows.core.card import find_licence
 from flows.core.evaluation import Array, Interval
 from flows.core.heldout import FrozenTest, read_calibration, read_frozen
+from flows.core.history import Act
 from flows.core.lunchbox import read_certificate
 from flows.core.measuring import Serving
 from flows.core.rivals import MAX_PAIRS, Champion, Comparison, compare, open_box, score_units
@@ -58,6 +59,7 @@ class Evidence:
     compat: Compat | None = None
     serving: Serving | None = None
     champion_serving: Serving | None = None
+    left_by: Act | None = None  # the rollback that left the candidate, when it was not champion since
     missing_columns: tuple[str, ...] = ()  # of `release.slices`, that the test rows do not have
     problem: str = ""  # why nothing, or not the champion, can be compared on the test rows
     _material: _Material | None = field(default=None, repr=False, compare=False)
@@ -214,6 +216,8 @@ def _score_champion(
         return None, "", NO_ROWS
     if champion is None:
         return None, "", ""
+    if champion.problem:
+        return None, "", champion.problem
     try:
         manifest, encode = open_box(champion.box)
         verify_files(champion.box, manifest)  # figures of an altered model would be nobody's

@@ -19,6 +19,19 @@ LARGEST_LOSS = {"spearman": 2.0, "ndcg_at_10": 1.0}  # a margin of minus this mu
 RETRAIN = "train longer or on more data, or run `ekiben tune`"
 
 
+def judge_rolled_back(evidence: Evidence) -> Iterator[Verdict]:
+    """A version that a rollback has left does not become the champion again by itself, as the best one on its data.
+
+    A challenger may be left: servers only shadow it.
+    """
+    act, allowed = evidence.left_by, evidence.params.allow_rolled_back
+    if act is None or evidence.params.alias != "champion":
+        return
+    reason = f"a rollback to version {act.version} has left it, {act.time}, because of {act.reason!r}"
+    cure = "train a better one, or take it all the same: --set release.allow_rolled_back=true"
+    yield Verdict("rolled back", "left", None if allowed else "not left", allowed, reason, "" if allowed else cure)
+
+
 def judge_finite(evidence: Evidence) -> Iterator[Verdict]:
     """Every metric is a number: one NaN means that the training or the evaluation went wrong."""
     bad = sorted(name for name, value in evidence.metrics.items() if not math.isfinite(value))

@@ -12,7 +12,7 @@ what it cannot see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from flows.core.evidence import Evidence
 from flows.core.gate_rules import (
@@ -27,14 +27,18 @@ from flows.core.gate_rules import (
     judge_licence,
     judge_parity,
     judge_quality,
+    judge_rolled_back,
     judge_slices,
 )
 from flows.core.serving_rules import judge_latency, judge_memory, judge_start, judge_throughput
 from flows.core.verdicts import Report, Verdict
 
 Gate = Callable[[Evidence], Iterable[Verdict]]
+EXPORTED = ("parity", "batch_invariance")  # gates that judge the export
+SERVED = ("latency", "throughput", "start", "memory")  # gates that judge the built Bento
 
 GATES: tuple[Gate, ...] = (
+    judge_rolled_back,
     judge_finite,
     judge_quality,
     judge_champion,
@@ -55,10 +59,26 @@ GATES: tuple[Gate, ...] = (
 
 
 def run_gates(evidence: Evidence, *, candidate: str) -> Report:
-    """Ask every gate about a candidate.
+    """Ask every gate about a candidate; the report names those whose evidence is still to come.
 
     Args:
         evidence: What is known about it.
         candidate: How the report names it, e.g. `ekiben:3-1f2e3d4c`.
     """
-    return Report(candidate, tuple(verdict for gate in GATES for verdict in gate(evidence)))
+    verdicts = tuple(verdict for gate in GATES for verdict in gate(evidence))
+    return Report(candidate, verdicts, tuple(_list_unasked(evidence)))
+
+
+def _list_unasked(evidence: Evidence) -> Iterator[str]:
+    """The gates whose evidence does not exist yet."""
+    has_champion = evidence.champion is not None
+    if evidence.certificate is None:
+        if has_champion and evidence.versus_champion is None and not evidence.problem:
+            yield "champion"
+        yield from EXPORTED
+        if evidence.params.precision != "fp32":
+            yield "int8"
+    if has_champion and evidence.compat is None:
+        yield "compat"
+    if evidence.serving is None:
+        yield from SERVED

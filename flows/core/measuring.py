@@ -143,8 +143,11 @@ def measure_bentos(
                     theirs.run_round(number)
                 except (SmokeTestError, httpx.HTTPError):
                     theirs = None
-        figures_of_theirs = None if theirs is None else theirs.summarise()
-        figures = ours.summarise()
+        figures_of_theirs = None
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended since
+            figures_of_theirs = None if theirs is None else theirs.summarise()
+        with _blaming(ours.tag, log):
+            figures = ours.summarise()
     if figures_of_theirs is not None and figures.start_s > figures_of_theirs.start_s:
         with _serve(candidate, log, home) as again:
             figures = replace(figures, start_s=min(figures.start_s, again.start_s))
@@ -214,7 +217,7 @@ def _serve(bento: Measured, log: Path, home: Path | None) -> Iterator[Server]:
 def _try_serve(stack: contextlib.ExitStack, bento: Measured | None, log: Path, home: Path | None) -> Server | None:
     try:
         return None if bento is None else stack.enter_context(_serve(bento, log, home))
-    except SmokeTestError:
+    except (SmokeTestError, OSError):
         return None
 
 
@@ -229,7 +232,7 @@ def _blaming(tag: str, log: Path) -> Iterator[None]:
         yield
     except (SmokeTestError, LunchboxError) as error:
         raise SmokeTestError(f"{tag}: {error}. {quote_log(log)}") from error
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, psutil.Error) as error:
         raise SmokeTestError(f"{tag}: {type(error).__name__} {error}. {quote_log(log)}") from error
 
 

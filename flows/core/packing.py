@@ -3,7 +3,7 @@
 Core layer; the only module of `flows` that imports bentoml. Every function works on the stores in a BentoML home folder
 `home`; without one that is BentoML's own, at `BENTOML_HOME`. A release builds and tests in a home of its own
 (`stage_bento`), and `install` brings what has proven itself into the one that is served from: so `latest` never means
-an untested Bento, and the files of a champion that is released anew stay as they are until the last moment.
+an untested Bento, and nothing that is served is touched. What a store has lost comes back by `put_back`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def build_bento(manifest: Manifest, *, root: Path, home: Path | None = None) -> 
 
     Raises:
         InputError: when there is no bentofile.
-        EkibenError: when the build fails; the message is the error that it printed, in one line.
+        EkibenError: when the build fails, or does not end; the message is the error that it printed, in one line.
     """
     bentofile = root / BENTOFILE
     if not bentofile.is_file():
@@ -120,15 +120,21 @@ def build_bento(manifest: Manifest, *, root: Path, home: Path | None = None) -> 
     for name, value in release_labels(manifest).items():
         command += ["--label", f"{name}={value}"]
     own = {"EKIBEN_MODEL_TAG": model_tag(manifest)} | ({} if home is None else {"BENTOML_HOME": str(home)})
-    build = subprocess.run(
-        command,
-        env=child_environment(own),
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=BUILD_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        build = subprocess.run(
+            command,
+            env=child_environment(own),
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise EkibenError(
+            f"`bentoml build` of {manifest.tag} did not end within {BUILD_TIMEOUT_S:g} s; give the command again when "
+            "the machine is less busy"
+        ) from None
     if build.returncode != 0:
         printed = " ".join((build.stdout + build.stderr).split())
         reason = printed[printed.rfind("Error: ") :][:MAX_REASON_CHARS] or f"exit code {build.returncode}"
@@ -167,6 +173,29 @@ def install(box: Path, manifest: Manifest, *, staged: Path) -> None:
     store_model(box, manifest)
     if not bento_exists(manifest.tag):
         _copy_bento(manifest.tag, _bento_store(staged), _bento_store(None))
+
+
+def put_back(box: Path, manifest: Manifest, *, root: Path, staging: Path) -> bool:
+    """Bring a released lunchbox and its Bento into BentoML's own stores, where they are not there whole.
+
+    Args:
+        box: The lunchbox as it was released.
+        manifest: Its manifest.
+        root: Folder of the bentofile.
+        staging: BentoML home folder in which a Bento is built when there is none.
+
+    Returns:
+        Whether something was missing.
+
+    Raises:
+        LunchboxError: when the lunchbox does not verify.
+        EkibenError: when the build fails.
+    """
+    if is_stored(manifest) and bento_exists(manifest.tag):
+        return False
+    stage_bento(box, manifest, root=root, home=staging)
+    install(box, manifest, staged=staging)
+    return True
 
 
 def point_latest(name: str, bento_version: str, home: Path) -> None:

@@ -39,6 +39,8 @@ class Champion:
     tag: str  # `ekiben:2-9c1d3b5f`
     version: str
     box: Path  # its lunchbox
+    space_id: str = ""  # as the registry has it, for when the box cannot say so; empty: unknown
+    problem: str = ""  # why its lunchbox cannot be used, as far as is known
 
 
 @dataclass(frozen=True)

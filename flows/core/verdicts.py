@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 ROUNDING = 1e-9  # 0.9 - 0.8 is a hair below 0.1
 EXACT = 1e9  # from here on a double has no six decimals left
@@ -48,6 +49,7 @@ class Report:
 
     candidate: str
     verdicts: tuple[Verdict, ...]
+    not_asked: tuple[str, ...] = ()  # gates that would have come later, had it not been refused before
 
     @property
     def passed(self) -> bool:
@@ -59,6 +61,25 @@ class Report:
         """One line for the error: which gates refused, why, and what would change it; empty when all passed."""
         parts = [f"{item.gate}: {item.reason}; {item.cure}" for item in self.verdicts if not item.passed]
         return f"{self.candidate} was refused, nothing was changed. {' | '.join(parts)}" if parts else ""
+
+    @property
+    def unasked(self) -> str:
+        """One line on the gates that were not asked; empty when all were, or none refused."""
+        if not self.refusal or not self.not_asked:
+            return ""
+        return f"not asked: {', '.join(self.not_asked)}; it was refused before"
+
+    def add(self, verdict: Verdict, *, answers: Sequence[str] = ()) -> Report:
+        """Return the report with one more verdict, which also answers the gates of those names."""
+        not_asked = tuple(name for name in self.not_asked if name not in answers)
+        return replace(self, verdicts=(*self.verdicts, verdict), not_asked=not_asked)
+
+    def keep_refusals(self, before: Report) -> Report:
+        """Return the report with what was refused on less evidence: it would have ended the release there."""
+        refused = {item.gate: item for item in before.verdicts if not item.passed}
+        kept = [refused.pop(item.gate, item) if item.passed else item for item in self.verdicts]
+        names = {item.gate for item in kept}
+        return replace(self, verdicts=(*kept, *(item for gate, item in refused.items() if gate not in names)))
 
     def to_rows(self) -> list[dict[str, str]]:
         """Return one row a gate: `gate`, `verdict`, `value`, `threshold`, `reason`, `cure`."""
@@ -76,7 +97,8 @@ class Report:
             cells = [row[name].replace("|", "\\|") for name in COLUMNS[:-1]]
             lines.append(f"| {' | '.join(cells)} |")
         cures = [f"- **{item.gate}**: {item.cure}" for item in self.verdicts if not item.passed]
-        return "\n".join([*lines, *(["", "What would change it:", "", *cures] if cures else []), ""])
+        unasked = ["", f"{self.unasked.capitalize()}."] if self.unasked else []
+        return "\n".join([*lines, *unasked, *(["", "What would change it:", "", *cures] if cures else []), ""])
 
     def to_json(self) -> str:
         """Return the report as JSON text: numbers stay numbers where JSON has them, unknown and not asked are null."""
@@ -88,6 +110,7 @@ class Report:
             "candidate": self.candidate,
             "verdict": "passed" if self.passed else "refused",
             "refusal": self.refusal,
+            "not_asked": list(self.not_asked),
             "gates": gates,
         }
         return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
@@ -112,7 +135,7 @@ class Report:
                 )
                 for item in raw["gates"]
             )
-            return cls(str(raw["candidate"]), verdicts)
+            return cls(str(raw["candidate"]), verdicts, tuple(map(str, raw.get("not_asked", ()))))
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no report of gates: {error!r}") from None
 

@@ -15,6 +15,7 @@ from bentos.manifest import Compat
 from flows.core.evaluation import Interval
 from flows.core.evidence import NO_ROWS, Champion, Evidence
 from flows.core.gates import run_gates
+from flows.core.history import Act
 from flows.core.measuring import Serving
 from flows.core.rivals import Comparison
 from flows.core.slices import Slice
@@ -60,6 +61,10 @@ def refused(report: Report) -> list[str]:
 def test_gates_join_as_their_evidence_does() -> None:
     cheap = ["finite", "quality", "calibration", "leakage", "data_age", "licence"]
     assert [verdict.gate for verdict in ask().verdicts] == cheap
+    later = ("parity", "batch_invariance", "int8", "latency", "throughput", "start", "memory")
+    assert ask().not_asked == later
+    assert ask(params={"precision": "fp32"}, certificate=CERTIFICATE).not_asked == later[3:]
+    assert ask(champion=CHAMPION).not_asked == ("champion", *later[:3], "compat", *later[3:])
     everything = ask(
         champion=CHAMPION,
         versus_champion=gain(0.0),
@@ -70,6 +75,7 @@ def test_gates_join_as_their_evidence_does() -> None:
         slices=(Slice("length=short", "", 100, 0.8, True, 0.8, Interval(0.0, -0.01, 0.01), 0.99),),
     )
     assert everything.passed
+    assert everything.not_asked == ()
     assert [verdict.gate for verdict in everything.verdicts] == [
         "finite",
         "quality",
@@ -372,3 +378,18 @@ def test_a_champion_that_could_not_be_measured_slows_nobody_down() -> None:
     report = ask(serving=SERVING, champion=CHAMPION, versus_champion=gain(0))
     assert report.passed
     assert find(report, "latency_ratio").to_row()["value"] == "unknown"
+
+
+LEFT = Act(at="20261120T091500000000Z", kind="rollback", version="1", replaces="3", reason="slow on short queries")
+
+
+def test_a_version_that_a_rollback_has_left_comes_back_only_when_it_is_asked_for() -> None:
+    report = ask(left_by=LEFT)
+    verdict = report.verdicts[0]
+    assert (verdict.gate, verdict.passed) == ("rolled back", False)
+    assert "2026-11-20T09:15:00+00:00" in verdict.reason
+    assert "slow on short queries" in verdict.reason
+    assert "--set release.allow_rolled_back=true" in verdict.cure
+    assert ask(left_by=LEFT, params={"allow_rolled_back": True}).passed
+    assert ask(left_by=LEFT, params={"alias": "challenger"}).passed  # that is only shadowed
+    assert "rolled back" not in {verdict.gate for verdict in ask().verdicts}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from bentos.manifest import read_manifest
-from flows.core.boxes import check_box
+from flows.core.boxes import MANIFEST_TAG, check_box
 from flows.core.history import read_history
 from flows.core.measuring import Serving
-from flows.core.receipts import keep_refusal, keep_release, read_serving
+from flows.core.receipts import keep_again, keep_refusal, keep_release, read_serving
 from flows.core.tracking import Tracker
 from flows.core.verdicts import Report, Verdict
 from flows.errors import EkibenError
@@ -67,11 +67,28 @@ def test_a_refusal_is_on_record_once_and_goes_away_with_a_release(
 
 def test_a_released_version_keeps_the_verdict_by_which_it_was(tracker: Tracker, tmp_path: Path) -> None:
     release = register_run(tracker)
-    tracker.set_version_tags("1", {"verdict": "passed"})
+    tracker.set_version_tags("1", {"verdict": "passed", MANIFEST_TAG: "0" * 64})
     keep_refusal(tracker, tracker.version("1"), REFUSED, "")
     assert tracker.version("1").tags["verdict"] == "passed"
     kept = tracker.download_artifact(release.run_id, "release", tmp_path)
     assert [path.name for path in kept.iterdir()] == ["refused"]
+
+
+def test_a_release_beside_another_champion_leaves_a_record_of_its_own_and_the_box_alone(
+    tracker: Tracker, tiny_lunchbox_path: Path, tmp_path: Path
+) -> None:
+    release = register_run(tracker)
+    box = copy_lunchbox(tiny_lunchbox_path, tmp_path / "box", version="1", run_id=release.run_id)
+    keep_release(tracker, release.run_id, box, PASSED, FAST, SLOW)
+    keep_refusal(tracker, tracker.version("1"), REFUSED, "2")
+    keep_again(tracker, release.run_id, PASSED, SLOW, FAST, beside="2")
+    keep_again(tracker, release.run_id, PASSED, None, None, beside="3")  # measured before
+    assert read_serving(tracker, release.run_id) == (FAST, SLOW)
+    assert read_serving(tracker, release.run_id, beside="2") == (SLOW, FAST)
+    assert read_serving(tracker, release.run_id, beside="3") == (None, None)
+    kept = tracker.download_artifact(release.run_id, "release/beside-2", tmp_path / "kept")
+    assert {path.name for path in kept.iterdir()} == {"gates.md", "gates.json", "serving.json"}
+    assert tracker.find_run(release.run_id).tags["release_refusal"] == ""
 
 
 def test_figures_that_cannot_be_read_are_named(tracker: Tracker) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bentos.errors import LunchboxError
 from bentos.manifest import Compat, read_manifest, write_manifest
 from flows.core.boxes import MANIFEST_TAG, box_path
+from flows.core.history import Act, begin_act
 from flows.core.lineage import trace_version
 from flows.core.packing import hash_manifest, store_model
 from flows.core.registry import Release
@@ -93,7 +96,7 @@ def test_the_champion_is_compared_with_the_one_that_it_has_replaced(
     assert job.champion.version == job.replaces == "1"
 
 
-def test_the_champion_stays_releasable_when_the_one_before_is_gone_but_no_other_one_is(
+def test_a_lost_lunchbox_of_the_champion_or_of_the_one_before_ends_no_release(
     tracker: Tracker, open_it: Callable[..., Job]
 ) -> None:
     for _ in range(3):
@@ -103,8 +106,16 @@ def test_the_champion_stays_releasable_when_the_one_before_is_gone_but_no_other_
     job = open_it("2")
     assert (job.champion, job.replaces) == (None, "1")
     assert "no comparison with version 1" in job.notes[0]
-    with pytest.raises(NothingReleasedError, match="--run 2"):
-        open_it("3")
+    tracker.set_version_tags("2", {"space_id": "5" * 16})
+    job = open_it("3")  # what it means is the gates' affair
+    assert job.champion is not None
+    assert (job.champion.tag, job.champion.version, job.champion.space_id) == (
+        f"ekiben:2-{tracker.version('2').run_id[:8]}",
+        "2",
+        "5" * 16,
+    )
+    assert "the lunchbox of version 2 of 'ekiben' cannot be found whole" in job.champion.problem
+    assert "no comparison with version 2" in job.notes[0]
 
 
 def test_what_an_older_ekiben_released_is_taken_from_the_alias(tracker: Tracker) -> None:
@@ -140,33 +151,99 @@ def test_the_precision_is_the_trainings_unless_the_release_asks_for_one(
     assert open_it("1", ReleaseParams.model_validate({"precision": asked})).params.precision == expected
 
 
-def test_a_candidate_is_proven_just_as_it_was_released_beside_the_same_champion(
-    tracker: Tracker, settings: FlowSettings, open_it: Callable[..., Job], pack: Callable[..., Path]
+def release_as_packed(tracker: Tracker, version: str, box: Path) -> None:
+    tracker.set_version_tags(version, {MANIFEST_TAG: hash_manifest(box), "verdict": "passed"})
+
+
+def test_a_released_version_is_taken_with_the_box_that_it_was_released_with(
+    tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]
 ) -> None:
-    box = pack(register_run(tracker))
-    manifest = read_manifest(box)
+    one, two = register_run(tracker), register_run(tracker)
+    box = pack(two, one)
+    assert not open_it("2").is_released
+    store_model(box, read_manifest(box))
+    release_as_packed(tracker, "2", box)
+    job = open_it("2")
+    assert job.is_released
+    assert job.box == box
+    assert job.earlier == ()  # its relations are in its box
+    write_manifest(box, read_manifest(box).model_copy(update={"created_at": "2031-01-01T00:00:00+00:00"}))
+    stored = open_it("2").box  # what somebody packed again is not it
+    assert stored != box
+    assert hash_manifest(stored) == tracker.version("2").tags[MANIFEST_TAG]
+    write_manifest(stored, read_manifest(box))
+    with pytest.raises(NothingReleasedError, match=r"is not packed anew: put it back to .*lunchboxes"):
+        open_it("2")
 
-    def is_proven() -> bool:
-        return open_it("1").is_proven(manifest)
 
-    assert not is_proven()
-    store_model(box, manifest)
-    bento = settings.bento_store_path / "bentos" / "ekiben" / manifest.bento_version
-    bento.mkdir(parents=True)
-    (bento / "bento.yaml").write_text(
-        f"service: bentos.service:EmbeddingService\nname: ekiben\nversion: {manifest.bento_version}\n"
-        "bentoml_version: 1.4.39\ncreation_time: '2026-11-23T10:04:44.834580+00:00'\n"
-    )
-    tracker.set_version_tags("1", {MANIFEST_TAG: hash_manifest(box)})
-    assert not is_proven()
-    tracker.set_version_tags("1", {"verdict": "passed"})
-    assert is_proven()
-    pack(register_run(tracker))
-    tracker.set_alias("champion", "2")
-    assert not is_proven()  # it was not compared with that one
-    tracker.set_alias("champion", None)
-    (bento / "bento.yaml").unlink()
-    assert not is_proven()
+@pytest.mark.parametrize("asked", ["auto", "fp32", "int8"])
+def test_a_released_version_serves_the_precision_that_it_was_released_with(
+    asked: str, tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]
+) -> None:
+    release_as_packed(tracker, "1", pack(register_run(tracker)))
+    params = ReleaseParams.model_validate({"precision": asked})
+    if asked != "int8":
+        assert open_it("1", params).is_released
+        return
+    with pytest.raises(ParamsError, match=r"released with fp32, and a released version does not change.*train again"):
+        open_it("1", params)
+
+
+def test_the_relation_to_a_rival_that_cannot_be_loaded_is_breaking_and_says_why(
+    tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]
+) -> None:
+    one, two = register_run(tracker), register_run(tracker)
+    pack(one), pack(two)
+    tracker.set_alias("champion", "1")
+    job = open_it("2")
+    assert job.champion is not None
+    theirs, ours = job.champion.box / "manifest.json", job.box / "manifest.json"
+    before = theirs.read_text()
+    theirs.write_text("no manifest")
+    compat, adapter = job.relate_to(job.champion)
+    assert (compat.kind, compat.version, adapter) == ("breaking", "1", None)
+    assert "nothing could be measured" in compat.reason
+    theirs.write_text(before)
+    ours.write_text("no manifest")  # that is the candidate's own fault
+    with pytest.raises(LunchboxError):
+        job.relate_to(job.champion)
+
+
+def test_earlier_champions_are_others_and_of_spaces_of_their_own(
+    tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]
+) -> None:
+    one, two, three = (register_run(tracker) for _ in range(3))
+    for item in (one, two):
+        pack(item)
+    pack(three, two, one, one)
+    tracker.set_alias("champion", "3")
+    assert [rival.version for rival in open_it("2").earlier] == ["1"]
+
+
+def test_a_version_that_a_rollback_has_left_is_known_until_it_is_champion_again(
+    tracker: Tracker, open_it: Callable[..., Job]
+) -> None:
+    for _ in range(3):
+        register_run(tracker)
+
+    def move(kind: str, version: str, replaces: str) -> None:
+        begin_act(tracker, Act.model_validate({"at": "", "kind": kind, "version": version, "replaces": replaces}))
+        tracker.set_alias("champion", version)
+
+    move("release", "1", "")
+    move("release", "2", "1")
+    assert open_it("2").left_by is None
+    move("rollback", "1", "2")
+    left_by = open_it("2").left_by
+    assert left_by is not None
+    assert (left_by.version, left_by.replaces) == ("1", "2")
+    assert open_it("1").left_by is None
+    move("release", "3", "1")
+    assert open_it("2").left_by == left_by
+    assert open_it("1").left_by is None  # a release took its place
+    move("rollback", "2", "3")  # forward again
+    assert open_it("2").left_by is None
+    assert open_it("3").left_by is not None
 
 
 def test_a_dry_run_works_on_a_copy(tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path]) -> None:
@@ -177,3 +254,18 @@ def test_a_dry_run_works_on_a_copy(tracker: Tracker, open_it: Callable[..., Job]
     (job.box / "tokenizer.json").write_text("{}")
     assert (box / "tokenizer.json").read_text() != "{}"
     assert not open_it("1", dry_run=False).box.is_relative_to(job.scratch)
+    assert job.log.is_relative_to(job.scratch)
+
+
+def test_a_dry_run_beside_a_release_at_work_goes_on_without_its_box(
+    tracker: Tracker, open_it: Callable[..., Job], pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(register_run(tracker))
+
+    def race(_source: Path, to: Path) -> None:
+        to.mkdir()
+        (to / "manifest.json").write_text("{}")
+        raise shutil.Error([("one", "two", "No such file or directory")])
+
+    monkeypatch.setattr("flows.core.release_job.shutil.copytree", race)
+    assert not open_it("1", dry_run=True).box.exists()

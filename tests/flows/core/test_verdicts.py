@@ -20,7 +20,12 @@ figures = (
 verdicts = st.builds(
     Verdict, gate=words, value=figures, threshold=figures, passed=st.booleans(), reason=words, cure=words
 )
-reports = st.builds(Report, candidate=words, verdicts=st.lists(verdicts, max_size=5).map(tuple))
+reports = st.builds(
+    Report,
+    candidate=words,
+    verdicts=st.lists(verdicts, max_size=5).map(tuple),
+    not_asked=st.lists(words, max_size=3).map(tuple),
+)
 
 
 @given(reports)
@@ -69,6 +74,33 @@ def test_markdown_shows_the_verdict_and_what_would_change_it() -> None:
     assert markdown.startswith("### ekiben:3-1f2e3d4c: refused\n")
     assert "| quality | refused | 0.02 | 0.05 | a \\| b |" in markdown
     assert markdown.endswith("What would change it:\n\n- **quality**: train longer\n")
+
+
+def test_a_refusal_says_which_gates_were_not_asked_and_a_pass_does_not() -> None:
+    good, bad = Verdict("a", 1.0, 0.0, True, "r"), Verdict("a", 0.0, 1.0, False, "r", "c")
+    refused = Report("x", (bad,), ("parity", "memory"))
+    assert refused.unasked == "not asked: parity, memory; it was refused before"
+    assert "Not asked: parity, memory; it was refused before.\n" in refused.to_markdown()
+    assert json.loads(refused.to_json())["not_asked"] == ["parity", "memory"]
+    assert Report("x", (good,), ("parity",)).unasked == ""
+    assert "Not asked" not in Report("x", (good,), ("parity",)).to_markdown()
+    assert Report.from_json('{"candidate": "x", "gates": []}').not_asked == ()  # written before it was known
+
+
+def test_one_more_verdict_answers_what_it_stands_for() -> None:
+    report = Report("x", (), ("parity", "memory")).add(
+        Verdict("certificate", None, 0.9, False, "r", "c"), answers=("parity",)
+    )
+    assert ([verdict.gate for verdict in report.verdicts], report.not_asked) == (["certificate"], ("memory",))
+
+
+def test_what_was_refused_on_less_evidence_stays_refused() -> None:
+    first, better = Verdict("quality", 0.0, 0.1, False, "r", "c"), Verdict("quality", 0.2, 0.1, True, "r")
+    other, gone = Verdict("parity", 1.0, 0.9, True, "r"), Verdict("slice a", 0.0, 0.1, False, "r", "c")
+    report = Report("x", (better, other)).keep_refusals(Report("x", (first, gone)))
+    assert report.verdicts == (first, other, gone)
+    worse = Verdict("quality", -1.0, 0.1, False, "r", "c")
+    assert Report("x", (worse,)).keep_refusals(Report("x", (first,))).verdicts == (worse,)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"candidate": "x", "gates": [{"gate": "a"}]}', "no json", '"x"'])
