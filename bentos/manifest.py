@@ -65,8 +65,9 @@ CompatClass = Literal["identical", "compatible", "adapter", "breaking"]
 class Compat(BaseModel):
     """How the space of a model relates to that of a champion before it, by figures on texts that fitted nothing.
 
-    `identical`: the same vectors. `compatible`: an index of the old vectors may be asked with new ones as they are.
-    `adapter`: with new ones that went through the map. `breaking`: not at all, it must be built anew.
+    `identical`: one model, whose vectors differ by rounding or by what int8 may change. `compatible`: an index of the old
+    vectors may be asked with new ones as they are, and both may stand in it. `adapter`: with new ones that went through
+    the map. `breaking`: not at all, it must be built anew.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -193,6 +194,8 @@ def read_manifest(box: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LunchboxError(f"no {MANIFEST_FILE} in {box}: this is not a lunchbox") from None
+    except OSError as error:
+        raise LunchboxError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise LunchboxError(f"{path} is not JSON: {error}") from None
     layout = raw.get("layout") if isinstance(raw, dict) else None
@@ -212,8 +215,10 @@ def verify_files(box: Path, manifest: Manifest) -> None:
     """Compare every file of the box with the hash in its manifest.
 
     Raises:
-        LunchboxError: names the file that is missing or altered.
+        LunchboxError: names the file that is missing, altered, or used without a hash.
     """
+    if without := {TOKENIZER_FILE, CANARY_FILE, *manifest.precisions.values()} - manifest.files.keys():
+        raise LunchboxError(f"the manifest of {box} has no hash for {', '.join(sorted(without))}: release it again")
     for name, expected in manifest.files.items():
         path = box / name
         if not path.is_file():

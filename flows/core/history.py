@@ -69,7 +69,7 @@ def begin_act(registry: Registry, act: Act) -> Act:
     """Write an act that is about to be done, and return it with its time; a repeated one keeps its first time.
 
     An act is repeated when the newest one of its sort says the same: its process was killed before the end, or the
-    same candidate is refused again for the same reason.
+    same candidate is refused again for the same reason. A rollback for another reason is another act.
 
     Args:
         registry: Where the history is kept.
@@ -78,7 +78,7 @@ def begin_act(registry: Registry, act: Act) -> Act:
     begun = find_begun(read_history(registry), act)
     if begun is not None:
         return begun
-    act = act.model_copy(update={"at": act.at or now(), "by": act.by or whoami(), "reason": _shorten(act.reason)})
+    act = act.model_copy(update={"at": act.at or now(), "by": act.by or whoami(), "reason": shorten_reason(act.reason)})
     registry.set_model_tag(f"{PREFIX}{act.at}.{act.kind}", act.model_dump_json(exclude_defaults=True))
     return act
 
@@ -112,15 +112,43 @@ def was_done(history: Sequence[Act], champion: str) -> dict[str, bool]:
     return {act.at: version == act.version for act, version in zip(moves, after, strict=True)}
 
 
+def find_promotion(history: Sequence[Act], champion: str) -> Act | None:
+    """The act by which the champion came, the newest one; None when its alias was moved by hand.
+
+    Args:
+        history: All acts, the oldest first.
+        champion: Version that is the champion.
+    """
+    done = was_done(history, champion)
+    newest = next((act for act in reversed(history) if done.get(act.at)), None)
+    return newest if newest is not None and newest.version == champion else None
+
+
+def find_left(history: Sequence[Act], version: str, champion: str) -> Act | None:
+    """The rollback by which a version was left for another one, when it was not champion since; else None.
+
+    Args:
+        history: All acts, the oldest first.
+        version: That may have been left.
+        champion: Version that is the champion; empty when there is none.
+    """
+    done = was_done(history, champion)
+    moves = [act for act in history if done.get(act.at) and version in (act.version, act.replaces)]
+    newest = moves[-1] if moves and version != champion else None
+    return newest if newest is not None and newest.kind == "rollback" and newest.replaces == version else None
+
+
 def now() -> str:
     """The time as it stands in the names of the tags."""
     return datetime.now(UTC).strftime(STAMP)
 
 
 def _identity(act: Act) -> tuple[object, ...]:
-    return act.kind, act.version, act.replaces, act.compat, act.gates if act.kind == "refusal" else None
+    about = act.gates if act.kind == "refusal" else shorten_reason(act.reason) if act.kind == "rollback" else None
+    return act.kind, act.version, act.replaces, act.compat, about
 
 
-def _shorten(reason: str) -> str:
+def shorten_reason(reason: str) -> str:
+    """A reason as the history keeps it: on one line, of limited length."""
     text = " ".join(reason.split())
     return text if len(text) <= MAX_REASON_CHARS else f"{text[: MAX_REASON_CHARS - 3]}..."

@@ -14,11 +14,9 @@ from typing import Any
 from bentos.errors import LunchboxError
 from bentos.manifest import MANIFEST_FILE, Manifest, read_manifest
 from flows.core.history import Act, was_done
-from flows.core.relations import describe_mismatch
+from flows.core.relations import can_be_asked, describe_mismatch
 from flows.core.tracking import Tracker
-from flows.errors import NothingReleasedError
-
-USABLE = ("identical", "compatible")
+from flows.errors import EkibenError, one_line
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Match:
     """Whether vectors of one version can be used with another one."""
 
     version: str  # whose vectors are in the index
-    space_id: str  # empty when its lunchbox is gone
+    space_id: str  # empty when nothing is known of it
     matches: bool  # the index can be asked as it is
     advice: str  # in one or two sentences
 
@@ -71,8 +69,9 @@ def match_indexes(tracker: Tracker, served: Manifest, left: Sequence[str]) -> li
     for version in left:
         try:
             made_with = _read_manifest(tracker, version)
-        except (NothingReleasedError, LunchboxError) as error:
-            matches.append(Match(version, "", False, f"Nothing is known of version {version} any more: {error}"))
+        except (EkibenError, LunchboxError, OSError) as error:
+            unknown = f"It is unknown whether vectors made by version {version} match: {one_line(error)}"
+            matches.append(Match(version, "", False, unknown))
             continue
         matches.append(match_index(made_with, served))
     return matches
@@ -80,13 +79,7 @@ def match_indexes(tracker: Tracker, served: Manifest, left: Sequence[str]) -> li
 
 def match_index(made_with: Manifest, served: Manifest) -> Match:
     """Say whether an index of the vectors of `made_with` can be asked with `served`."""
-    kinds = [
-        relation.kind
-        for newer, older in ((served, made_with), (made_with, served))
-        for relation in newer.relations
-        if relation.space_id == older.space_id
-    ]
-    usable = made_with.space_id == served.space_id or (bool(kinds) and kinds[0] in USABLE)
+    usable = can_be_asked(made_with, served)
     return Match(made_with.version, made_with.space_id, usable, describe_mismatch(made_with, served))
 
 

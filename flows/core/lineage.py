@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+from flows.core.history import Act, find_left, find_promotion, read_history
 from flows.core.registry import CHAMPION, Release
 from flows.core.tracking import Tracker
 
@@ -31,7 +33,10 @@ class Lineage:
     compat: str = ""  # class of its space against `compat_space_id`: identical, compatible, adapter, breaking
     compat_space_id: str = ""  # of the champion at its release
     replaces: str = ""  # version that was champion before it: where a rollback leads
-    promoted_at: str = ""  # ISO 8601, UTC; empty until it was champion
+    promoted_at: str = ""  # ISO 8601, UTC: when it was released as the champion; empty until then
+    champion_since: str = ""  # ISO 8601, UTC; empty when it is not the champion, or was made it by hand
+    champion_by: Literal["", "release", "rollback", "hand"] = ""  # how it became the champion; empty: it is not
+    left_at: str = ""  # ISO 8601, UTC: the rollback that left it, when it was not champion since
     verdict: str = ""  # of the gates: passed, refused; empty until they were asked
 
     @property
@@ -60,23 +65,34 @@ def trace_version(tracker: Tracker, reference: str) -> Lineage:
     Raises:
         NothingReleasedError: when there is no such version.
     """
-    return _trace(tracker, tracker.version(reference))
+    return _trace(tracker, tracker.version(reference), *_read_past(tracker))
 
 
 def trace_all(tracker: Tracker) -> list[Lineage]:
     """Every registered version, newest first."""
-    return [_trace(tracker, release) for release in tracker.versions()]
+    past = _read_past(tracker)
+    return [_trace(tracker, release, *past) for release in tracker.versions()]
 
 
 def trace_champion(tracker: Tracker) -> Lineage | None:
     """The champion, or None before the first release."""
     champion = tracker.champion()
-    return None if champion is None else _trace(tracker, champion)
+    return None if champion is None else _trace(tracker, champion, *_read_past(tracker))
 
 
-def _trace(tracker: Tracker, release: Release) -> Lineage:
+def _read_past(tracker: Tracker) -> tuple[list[Act], str]:
+    """The history, and the champion's version, empty when there is none."""
+    champion = tracker.champion()
+    return read_history(tracker), "" if champion is None else champion.version
+
+
+def _trace(tracker: Tracker, release: Release, history: Sequence[Act], champion: str) -> Lineage:
     run = tracker.find_run(release.run_id)
     tags = run.tags | release.tags
+    is_champion = release.version == champion
+    promotion = find_promotion(history, champion) if is_champion else None
+    left = find_left(history, release.version, champion)
+    how: Literal["release", "rollback"] = "rollback" if promotion and promotion.kind == "rollback" else "release"
     return Lineage(
         version=release.version,
         aliases=release.aliases,
@@ -98,4 +114,7 @@ def _trace(tracker: Tracker, release: Release) -> Lineage:
         replaces=release.tags.get("replaces", ""),
         promoted_at=release.tags.get("promoted_at", ""),
         verdict=release.tags.get("verdict", ""),
+        champion_since="" if promotion is None else promotion.time,
+        champion_by=("hand" if promotion is None else how) if is_champion else "",
+        left_at="" if left is None else left.time,
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bentos.manifest import Compat, Manifest
+from flows.params import ReleaseParams
 
+ASKED_RECALL = "asked_recall"  # figure: the `release.compat_min_recall` of that release
 MEANINGS = {
-    "identical": "The same vectors: an index of the old ones stays as it is.",
-    "compatible": "An index of the old vectors may be asked with new ones as they are.",
+    "identical": "One model: a text's two vectors differ by rounding, or by what int8 may change, which is some 4 % of "
+    "the nearest neighbours. An index of the old vectors stays as it is.",
+    "compatible": "An index of the old vectors may be asked with new ones as they are, and both may stand in it.",
     "adapter": "An index of the old vectors may be asked with new ones that went through the map in this box: send "
     "`space` until it is built anew.",
     "breaking": "An index of the old vectors must be built anew before it is asked with new ones.",
@@ -30,6 +33,28 @@ _ROWS = (
 def list_earlier(champion: Manifest) -> list[Compat]:
     """Older spaces that a champion can still be asked in: its successor should be compared with them too."""
     return [relation for relation in champion.relations if relation.kind != "breaking"]
+
+
+def can_be_asked(made_with: Manifest, served_by: Manifest) -> bool:
+    """Whether an index of the vectors of one model can be asked, as it is, with queries of another one.
+
+    Where the index is the newer one, as after a rollback, `compatible` is not enough: it says that new queries find
+    their way among old vectors. The way back has a figure of its own, which is held against the same threshold.
+
+    Args:
+        made_with: The model that the index was built with.
+        served_by: The model that queries come from.
+    """
+    if made_with.space_id == served_by.space_id:
+        return True
+    forward = _find_relation(served_by, made_with.space_id)
+    if forward is not None:
+        return forward.kind in ("identical", "compatible")
+    backward = _find_relation(made_with, served_by.space_id)
+    if backward is None or backward.kind != "compatible":
+        return backward is not None and backward.kind == "identical"
+    found = _way_back(backward)
+    return found is not None and found >= _asked(backward)
 
 
 def describe_mismatch(made_with: Manifest, served_by: Manifest) -> str:
@@ -55,7 +80,15 @@ def describe_mismatch(made_with: Manifest, served_by: Manifest) -> str:
             "loaded."
         )
     if relation.kind == "identical":
-        return f"Vectors made by {made} match those of {served}: the spaces have two ids and the same vectors."
+        return f"Vectors made by {made} match those of {served}: the spaces have two ids, of one model."
+    if relation.kind == "compatible" and not can_be_asked(made_with, served_by):
+        found = _way_back(relation)
+        how = "it was not measured what they find" if found is None else f"they may find no more than {found:.0%}"
+        return (
+            f"Vectors made by {made} must not be asked with queries of {served}: {how} of their neighbours among them, "
+            f"asked {_asked(relation):.0%} (release.compat_min_recall). Embed again what {made} embedded, or ask for "
+            f"`model` {made} while it is loaded."
+        )
     if relation.kind == "compatible":
         found = relation.figures.get("recall" if forward else "back_recall")
         share = "" if found is None else f" (measured: {found:.0%} of the neighbours stay)"
@@ -75,6 +108,15 @@ def describe_mismatch(made_with: Manifest, served_by: Manifest) -> str:
         f"Vectors made by {made} do not match those of {served}, and no map between them holds: embed again what "
         f"{made} embedded, or ask for `model` {made} while it is loaded."
     )
+
+
+def _way_back(relation: Compat) -> float | None:
+    """What old queries find among new vectors, 0..1: the low end, or the mean of boxes that have no low end."""
+    return relation.figures.get("back_recall_low", relation.figures.get("back_recall"))
+
+
+def _asked(relation: Compat) -> float:
+    return relation.figures.get(ASKED_RECALL, ReleaseParams().compat_min_recall)
 
 
 def _find_relation(manifest: Manifest, space_id: str) -> Compat | None:

@@ -30,7 +30,7 @@ def check_servers(urls: Sequence[str], admin_key: str | None) -> None:
         ParamsError: an address is none, or there is no key to show.
     """
     for url in urls:
-        if httpx.URL(url).scheme not in ("http", "https") or not httpx.URL(url).host:
+        if not _is_address(url):
             raise ParamsError(f"--server {url!r} is no address of a server; give one such as http://127.0.0.1:3000")
     if urls and not admin_key:
         raise ParamsError(
@@ -51,6 +51,14 @@ def load_everywhere(urls: Sequence[str], version: str, admin_key: str) -> list[A
         return []
     with ThreadPoolExecutor(len(urls)) as pool:
         return list(pool.map(lambda url: _load(url, version, admin_key), urls))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL:  # a port that is no number
+        return False
+    return found.scheme in ("http", "https") and bool(found.host)
 
 
 def _load(url: str, version: str, admin_key: str) -> Answer:

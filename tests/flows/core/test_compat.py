@@ -150,14 +150,52 @@ def test_labels_may_refuse_what_the_neighbours_let_pass() -> None:
     nearest = (theirs.queries @ theirs.documents.T).argmax(axis=1)
     texts = make_texts(300, 60, 200, [(query, int(document), 1.0) for query, document in enumerate(nearest)])
     figures = measure(ours, theirs, None, texts)
-    assert figures["judged_queries"] == 60
     assert figures["old_ndcg"] == 1.0
-    assert figures["ndcg_share_low"] <= figures["ndcg_share"] == figures["ndcg"]
+    assert figures["ndcg_share_low"] <= figures["ndcg"]
     assert not find_failures(figures, PARAMS)
-    assert find_failures(figures | {"ndcg_share": 0.9}, PARAMS) == [
-        "their nDCG 0.900 of the old queries', asked 0.95 (release.compat_min_ndcg)"
+    assert find_failures(figures | {"ndcg_share_low": 0.9}, PARAMS) == [
+        "their nDCG down to 0.900 of the old queries', asked 0.95 (release.compat_min_ndcg)"
     ]
     assert find_failures(figures | {"recall_low": float("nan")}, PARAMS)
+
+
+# Measured on MiniLM and STS-B: 500 queries, 1467 documents.
+INT8_BESIDE_FP32 = {
+    "cosine_mean": 0.9976, "cosine_min": 0.9901, "recall": 0.9602, "recall_low": 0.9552, "mixed_recall_low": 0.9452,
+    "kept": 0.9994, "ndcg_share_low": 1.0, "ranks": 10,
+}  # fmt: skip
+TRAINED_LONGER = {
+    "cosine_mean": 0.9606, "recall": 0.838, "recall_low": 0.8274, "mixed_recall_low": 0.7594, "ndcg_share_low": 0.9856,
+    "kept": 0.9841, "ranks": 10, "mapped_cosine_mean": 0.9702, "mapped_recall": 0.852, "mapped_recall_low": 0.8418,
+    "mapped_mixed_recall_low": 0.7796, "mapped_kept": 0.9869, "mapped_ndcg_share_low": 0.9876,
+}  # fmt: skip
+
+
+def test_an_index_of_both_must_hold_for_a_compatible_space() -> None:
+    """int8 passes beside fp32; what was trained on with twice the rate is asked through its map."""
+    assert classify(INT8_BESIDE_FP32, PARAMS, is_same=False)[0] == "compatible"
+    kind, reason = classify(TRAINED_LONGER, PARAMS, is_same=False)
+    assert kind == "adapter"
+    assert "where every other document is a new vector down to 0.759, asked 0.8 (release.compat_min_recall)" in reason
+    assert classify(TRAINED_LONGER, ReleaseParams(compat_min_recall=0.75), is_same=False)[0] == "compatible"
+    assert find_failures(INT8_BESIDE_FP32 | {"mixed_recall_low": float("nan")}, PARAMS)
+
+
+@pytest.mark.parametrize("noise", [0.07, 0.12])  # what int8 adds; what another seed of one recipe does
+def test_a_near_model_keeps_an_index_of_both(noise: float) -> None:
+    random = np.random.default_rng(16)
+    old = make_clusters(random, 560, 48)
+    kind, figures = relate(old + noise * random.normal(size=old.shape) / np.sqrt(48), old)
+    assert kind == "compatible"
+    assert figures["cosine_mean"] > 0.992
+    assert 0.8 < figures["mixed_recall_low"] < figures["recall"]
+
+
+def test_what_is_called_identical_says_what_was_asked() -> None:
+    kind, reason = classify(INT8_BESIDE_FP32, PARAMS, is_same=True)
+    assert kind == "identical"
+    assert "0.99760 on average and 0.99010 at least" in reason
+    assert "find 96% of the old ones' 10 nearest documents" in reason
 
 
 def test_thresholds_are_the_users() -> None:

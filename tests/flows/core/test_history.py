@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.core.history import PREFIX, Act, Kind, begin_act, find_begun, now, read_history, was_done
+from flows.core.history import PREFIX, Act, Kind, begin_act, find_begun, find_promotion, now, read_history, was_done
 from flows.core.indexes import served_since
 from flows.core.tracking import Tracker
 from tests.flows.core.test_registry import register_run
@@ -45,10 +45,13 @@ def test_an_act_that_is_repeated_keeps_its_first_time(tracker: Tracker) -> None:
     first = begin_act(tracker, one)
     assert begin_act(tracker, one) == first
     back = begin_act(tracker, Act(at="", kind="rollback", version="1", replaces="2", reason="slow"))
-    assert begin_act(tracker, back.model_copy(update={"at": "", "reason": "still slow"})) == back
+    assert begin_act(tracker, back.model_copy(update={"at": "", "reason": " slow\n"})) == back
+    other = begin_act(tracker, back.model_copy(update={"at": "", "reason": "wrong"}))  # the first was never done
+    assert (other.reason, other.at > back.at) == ("wrong", True)
+    assert list(was_done(read_history(tracker), "1").values()) == [True, False, True]
     again = begin_act(tracker, one)  # released anew, after a rollback: that is another act
     assert again.at > back.at
-    assert [item.kind for item in read_history(tracker)] == ["release", "rollback", "release"]
+    assert [item.kind for item in read_history(tracker)] == ["release", "rollback", "rollback", "release"]
 
 
 def test_a_long_reason_is_cut_to_what_a_tag_holds(tracker: Tracker) -> None:
@@ -95,6 +98,17 @@ def test_what_was_carried_through_follows_from_what_came_after(steps: list[tuple
     history, champion, line = live(steps)
     done = was_done(history, champion)
     assert [item.version for item in history if done[item.at]] == line
+
+
+@given(STEPS)
+def test_the_champion_came_by_the_last_act_that_was_carried_through(steps: list[tuple[Kind, int, bool]]) -> None:
+    history, champion, line = live(steps)
+    found = find_promotion(history, champion)
+    assert (found is None) == (not line)
+    if found is not None:
+        done = was_done(history, champion)
+        assert (found.version, found.at) == (champion, [act.at for act in history if done[act.at]][-1])
+    assert find_promotion(history, "9") is None  # moved by hand
 
 
 @given(STEPS, st.integers(1, 5))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bentos.manifest import Compat, DataVersion, Manifest
-from flows.core.relations import MEANINGS, describe_mismatch, list_earlier, render_compat
+from flows.core.relations import MEANINGS, can_be_asked, describe_mismatch, list_earlier, render_compat
 
 FIGURES = {
     "queries": 500.0,
@@ -73,6 +73,38 @@ def test_an_index_is_told_what_it_is_worth_after_an_upgrade_and_after_a_rollback
     old, new = make_manifest("1"), make_manifest("2", make_relation(kind, "1"))
     assert upgrade in describe_mismatch(old, new)
     assert rollback in describe_mismatch(new, old)
+
+
+@pytest.mark.parametrize(
+    ("figures", "usable", "said"),
+    [
+        ({"back_recall": 0.81}, True, "measured: 81% of the neighbours stay"),  # of a box without low ends
+        ({"back_recall": 0.81, "back_recall_low": 0.79}, False, "no more than 79% of their neighbours"),
+        ({"back_recall": 0.81, "back_recall_low": 0.79, "asked_recall": 0.7}, True, "81%"),
+        ({"back_recall": 0.81, "asked_recall": 0.9}, False, "asked 90% (release.compat_min_recall)"),
+        ({"back_recall": float("nan")}, False, "Embed again what ekiben:2-22222222 embedded"),
+        ({"recall": 0.99}, False, "it was not measured"),
+    ],
+)
+def test_the_way_back_of_a_compatible_space_is_asked_the_same(
+    figures: dict[str, float], usable: bool, said: str
+) -> None:
+    old, new = make_manifest("1"), make_manifest("2", make_relation("compatible", "1", figures=figures))
+    assert can_be_asked(old, new)  # an upgrade: that is what the class says
+    assert can_be_asked(new, old) is usable  # a rollback
+    advice = describe_mismatch(new, old)
+    assert said in advice
+    assert ("may be asked as it is" in advice) is usable
+
+
+@pytest.mark.parametrize("kind", ["identical", "compatible", "adapter", "breaking"])
+def test_what_can_be_asked_is_what_the_words_say(kind: str) -> None:
+    old, new = make_manifest("1"), make_manifest("2", make_relation(kind, "1"))
+    for made_with, served_by in ((old, new), (new, old)):
+        assert can_be_asked(made_with, served_by) is (kind in ("identical", "compatible"))
+        assert ("do not match" in describe_mismatch(made_with, served_by)) is (kind in ("adapter", "breaking"))
+    assert can_be_asked(old, make_manifest("5", space_id=old.space_id))
+    assert not can_be_asked(old, make_manifest("5"))
 
 
 def test_the_same_space_matches_whatever_the_version() -> None:
