@@ -44,7 +44,4 @@ def list_all_spaces(shelf: Shelf) -> list[str]:
 
 def _short_names(shelf: Shelf) -> dict[str, Encoder]:
     """Aliases and tags -> the version meant; an alias of a version that is not loaded is left out."""
-    encoders = shelf.encoders()
-    named = {encoder.manifest.tag: encoder for encoder in encoders}
-    aliases = {alias: named[tag] for alias, tag in sorted(shelf.aliases.items()) if tag in named}
-    return aliases | named
+    return shelf.known_aliases() | {encoder.manifest.tag: encoder for encoder in shelf.encoders()}

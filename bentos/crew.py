@@ -65,6 +65,9 @@ class Plan(BaseModel):
     at: float = Field(0.0, description="Instant from which on `live` is so, by `time.monotonic()`.")
     beside: tuple[Item, ...] = ()
     coming: Coming | None = None
+    instead_of: str | None = Field(
+        None, description="Tag of the version that could not be loaded, so that `live` took its place."
+    )
     aliases: dict[str, str] = Field(default_factory=dict, description="Alias -> tag, as the registry was last seen.")
 
     def items(self) -> list[Item]:

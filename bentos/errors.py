@@ -14,6 +14,7 @@ ServeError
 ├── SpaceMismatchError    409  the caller expects vectors of another space
 ├── BusyError             409  another version is being loaded
 ├── RefusedVersionError   422  a version failed its checks: it is not served
+│   └── NoRoomError            it is too large to stand beside the live one
 ├── IncompleteLoadError   504  not every worker has the version that was to be loaded
 ├── OverloadedError       429  the queue is full
 ├── DeadlineExceededError 504  the request took longer than it was given
@@ -25,6 +26,7 @@ SettingsError             the settings ask for something that cannot be had
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -129,6 +131,17 @@ class RefusedVersionError(ServeError):
 
     code = "version_refused"
     status = 422
+
+    def __init__(self, tag: str, reason: str, workers: Mapping[str, object] | None = None, cure: str = "") -> None:
+        """Say which version, why, which workers have found it (`details.workers`), and what would change it."""
+        workers = workers or {"done": [], "failed": {}, "missing": []}
+        cure = cure or "What was served before goes on"
+        super().__init__(f"{tag} was refused: {reason}. {cure}", model=tag, reason=reason, workers=workers)
+        self.reason = reason
+
+
+class NoRoomError(RefusedVersionError):
+    """A version is too large to stand beside the live one; it may still become the live one."""
 
 
 class IncompleteLoadError(ServeError):

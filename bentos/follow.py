@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from bentos.aliases import Pointer
 from bentos.crew import STATE, Crew, Item, Plan
-from bentos.errors import BusyError, LunchboxError, RegistryError, ServeError
+from bentos.errors import BusyError, LunchboxError, NoRoomError, RefusedVersionError, RegistryError, ServeError
 from bentos.observer import Observer
 from bentos.refusals import Refusals
 from bentos.settings import ServeSettings
@@ -90,21 +90,26 @@ class Follower:
         try:
             while True:
                 wait_s = self._settings.follow_every_s
-                if self._office is None and (office := self._crew.take(self.name)) is not None:
-                    self._office = office
-                    self._state = self._crew.recall(self.name, FollowState) or FollowState()
-                if self._office is not None:
-                    try:
+                try:
+                    if self._has_office():
                         await self.look()
-                    except Exception as error:  # whatever it is, the next look may find it gone
-                        logger.exception("the alias %s could not be followed", self._alias)
+                except Exception as error:  # whatever it is, the next look may find it gone
+                    logger.exception("the alias %s could not be followed", self._alias)
+                    if self._office is not None:
                         self._note(error=repr(error), failures=self._state.failures + 1, doing=None)
-                    if self._state.failures:
-                        wait_s = min(wait_s * 2 ** min(self._state.failures, 10), max(LONGEST_WAIT_S, wait_s))
+                if self._office is not None and self._state.failures:
+                    wait_s = min(wait_s * 2 ** min(self._state.failures, 10), max(LONGEST_WAIT_S, wait_s))
                 await asyncio.sleep(wait_s)
         finally:
             if self._office is not None:
                 self._office.close()
+
+    def _has_office(self) -> bool:
+        """Whether this worker is the one that looks; it becomes so when nobody else is."""
+        if self._office is None and (office := self._crew.take(self.name)) is not None:
+            self._office = office
+            self._state = self._crew.recall(self.name, FollowState) or FollowState()
+        return self._office is not None
 
     async def look(self) -> None:
         """See what the alias names, and serve it when that is new."""
@@ -121,11 +126,13 @@ class Follower:
             tag = self._tag(pointer)
             if tag != self._state.points_to:
                 self._aliases_at = float("-inf")
+                if self._state.points_to is not None:
+                    self._refusals.forgive(self._state.points_to)  # nobody asks for it any more
             self._note(points_to=tag, seen_at=time.time())
             await self._spread_aliases()
             await self._serve(pointer)
             self._note(failures=0)
-        except (RegistryError, LunchboxError, OSError) as error:
+        except (RegistryError, LunchboxError, ServeError, OSError) as error:
             if str(error) != self._state.error:
                 logger.warning("the alias %s cannot be followed: %s", alias, error)
             self._note(error=str(error), failures=self._state.failures + 1, doing=None)
@@ -144,6 +151,8 @@ class Follower:
 
         Raises:
             RegistryError: when it cannot be fetched.
+            ServeError: when the workers could not take it now, for a reason that is not its own.
+            OSError: when the folder of the workers cannot be written to.
         """
         tag, plan = self._tag(pointer), self._crew.read_plan() or Plan()
         there = plan.items() if not self._live else [plan.live] if plan.live else []
@@ -151,15 +160,16 @@ class Follower:
             self._refusals.forgive(tag)
             self._note(followed=pointer, error=None)
             return
-        if self._live and pointer == self._state.followed:  # it was served, and another was loaded by hand since
+        replaced_by_hand = pointer == self._state.followed and plan.instead_of != tag
+        if self._live and replaced_by_hand:  # it was served, and another was asked for since
             self._note(error=None)
             return
         fingerprint = await asyncio.to_thread(self._source.fingerprint, pointer)
-        if (refusal := self._refusals.must_wait(tag, fingerprint)) is not None:
+        if (refusal := self._refusals.must_wait(tag, fingerprint, live=self._live)) is not None:
             self._note(error=f"{tag} is refused: {refusal.reason}")
             return
         logger.info("%s names %s: it is fetched and checked", self._alias, tag)
-        self._refusals.begin(tag, fingerprint)
+        before = self._refusals.begin(tag, fingerprint)
         try:
             self._note(doing=f"fetching {tag}")
             path = await asyncio.to_thread(self._source.fetch, pointer)
@@ -168,19 +178,20 @@ class Follower:
             until = time.monotonic() + BRING_TIMEOUT_S
             await self._swaps.bring(Item(tag=tag, path=path), live=self._live, until=until)
         except BusyError:
-            self._refusals.forgive(tag)  # another is being loaded by hand: the next look will see
+            self._refusals.restore(tag, before)  # another is being loaded by hand: the next look will see
             self._note(doing=None)
-        except (LunchboxError, ServeError) as error:
-            reason = error.details.get("reason", error.message) if isinstance(error, ServeError) else str(error)
+        except (LunchboxError, RefusedVersionError) as error:
+            reason = error.reason if isinstance(error, RefusedVersionError) else str(error)
             if isinstance(error, LunchboxError):
                 logger.error("%s is refused: %s", tag, error)
                 self._observer.record_swap("refused")
-            refusal = self._refusals.refuse(tag, str(reason), fingerprint)
+            no_room = isinstance(error, NoRoomError)
+            refusal = self._refusals.refuse(tag, reason, fingerprint, beside_only=no_room)
             wait_s = refusal.next_try - time.monotonic()
             logger.info("%s is tried again in %.0f s, or when it changes", tag, wait_s)
             self._note(error=f"{tag} is refused: {reason}", doing=None)
-        except RegistryError:
-            self._refusals.forgive(tag)  # nothing is known against it
+        except (RegistryError, ServeError, OSError):
+            self._refusals.restore(tag, before)  # nothing new is known against it
             raise
         else:
             self._refusals.forgive(tag)
@@ -222,7 +233,9 @@ class Follower:
         }
 
     def observe(self) -> None:
-        """Tell the metrics; whichever worker is asked says the same."""
+        """Tell the metrics how the live version is followed; every worker does, so that none keeps an old figure."""
+        if not self._live:
+            return
         state = self._crew.recall(self.name, FollowState) or FollowState()
         self._observer.set_followed(state.seen_at, state.failures)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -11,7 +12,16 @@ from typing import Any
 
 from bentos.aliases import Pointer
 from bentos.crew import Crew, Item, Plan
-from bentos.errors import LunchboxError, NotReadyError, RefusedVersionError, RegistryError, UnknownModelError
+from bentos.encoder import Encoder
+from bentos.errors import (
+    IncompleteLoadError,
+    LunchboxError,
+    NoRoomError,
+    NotReadyError,
+    RefusedVersionError,
+    RegistryError,
+    UnknownModelError,
+)
 from bentos.follow import Follower
 from bentos.manifest import read_manifest
 from bentos.observer import Observer
@@ -20,7 +30,7 @@ from bentos.rules import list_names
 from bentos.settings import ServeSettings
 from bentos.shelf import Copy, Shelf
 from bentos.sources import LocalSource, Source, UnknownVersionError, UnreadableVersionError, check_box, mark_used
-from bentos.swaps import Swaps
+from bentos.swaps import Outcome, Swaps
 from bentos.worker import Worker
 
 WATCH_EVERY_S = 10.0
@@ -58,11 +68,12 @@ class Keeper:
         """Load what is to be served, and keep it so until `stop`."""
         await self._worker.join(self._choose_first, self._choose_own)
         settings = self._settings
+        self.shelf.followed = settings.follow
         for alias, live in ((settings.follow, True), (settings.shadow, False)):
             if alias:
                 parts = (self.crew, self._swaps, self._refusals, settings, self._observer)
                 self._followers.append(Follower(alias, self.source, *parts, live=live))
-        await self.find_problem()  # also tells the metrics
+        await self.find_problems()  # also tells the metrics
         self._run(self._worker.run(), "worker")
         self._run(self._watch(), "watch")
         for follower in self._followers:
@@ -77,7 +88,9 @@ class Keeper:
         await self.shelf.stop()
 
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._tasks.append(asyncio.create_task(work, name=f"ekiben-{name}"))
+        task = asyncio.create_task(work, name=f"ekiben-{name}")
+        task.add_done_callback(_say_why_it_ended)
+        self._tasks.append(task)
 
     # --- what a server begins with
 
@@ -123,28 +136,39 @@ class Keeper:
     async def load(self, reference: str, *, live: bool, timeout_s: float) -> dict[str, Any]:
         """Have all workers load a version; see `EmbeddingService.load_version`."""
         until = time.monotonic() + timeout_s
-        item = self._find_loaded(reference)
-        fingerprint = ""
+        item, fingerprint = self._find_loaded(reference), ""
         if item is None:
             pointer = await self._find(reference)
             tag = f"{self._settings.model_name}:{pointer.bento_version}"
             try:
-                path = await asyncio.to_thread(self.source.fetch, pointer)
+                path = await asyncio.wait_for(asyncio.to_thread(self.source.fetch, pointer), timeout_s)
+            except TimeoutError:
+                raise IncompleteLoadError(
+                    f"{tag} was not fetched within {timeout_s:g} s; that goes on, and nothing else has changed. Send "
+                    "the request again, or allow more time",
+                    model=tag,
+                    workers=Outcome().describe(),
+                ) from None
             except RegistryError as error:
                 raise NotReadyError(f"{tag} cannot be fetched: {error}") from None
             except LunchboxError as error:
                 self._observer.record_swap("refused")
-                fingerprint = await asyncio.to_thread(self.source.fingerprint, pointer)
-                raise self._refuse(tag, str(error), fingerprint) from None
-            item = Item(tag=tag, path=path)
-            fingerprint = await asyncio.to_thread(self.source.fingerprint, pointer)
+                raise self._refuse(tag, str(error), await self._fingerprint(pointer)) from None
+            item, fingerprint = Item(tag=tag, path=path), await self._fingerprint(pointer)
         try:
             answer = await self._swaps.bring(item, live=live, until=until, pinned=not live)
+        except NoRoomError:
+            raise  # nothing is wrong with it
         except RefusedVersionError as error:
-            self._refusals.refuse(item.tag, str(error.details["reason"]), fingerprint)
+            self._refusals.refuse(item.tag, error.reason, fingerprint)
             raise
         self._refusals.forgive(item.tag)
         return answer
+
+    async def _fingerprint(self, pointer: Pointer) -> str:
+        with contextlib.suppress(RegistryError):
+            return await asyncio.to_thread(self.source.fingerprint, pointer)
+        return ""
 
     def _find_loaded(self, reference: str) -> Item | None:
         """The version meant, when all workers have it; an alias may have moved since, so that the source is asked."""
@@ -164,9 +188,7 @@ class Keeper:
 
     def _refuse(self, tag: str, reason: str, fingerprint: str) -> RefusedVersionError:
         self._refusals.refuse(tag, reason, fingerprint)
-        workers: dict[str, Any] = {"done": [], "failed": {}, "missing": []}
-        message = f"{tag} was refused: {reason}. What was served before goes on"
-        return RefusedVersionError(message, model=tag, reason=reason, workers=workers)
+        return RefusedVersionError(tag, reason)
 
     # --- watching
 
@@ -175,7 +197,8 @@ class Keeper:
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             try:
-                await self.find_problem()
+                await self.find_problems()
+                self.observe()
                 self.crew.stay()
                 for encoder in self.shelf.encoders():
                     await asyncio.to_thread(mark_used, encoder.box.path)
@@ -183,32 +206,37 @@ class Keeper:
                 logger.exception("the server could not be looked after")
 
     async def find_problem(self) -> str | None:
-        """Look at every version; say what is wrong with the live one, or None when it may be trusted."""
+        """Look at the live version; say what is wrong with it, or None when it may be trusted."""
         try:
             live = self.shelf.live
         except NotReadyError as error:
             self._observer.set_ready(False)
             return error.message
-        problem = None
-        for copy in self.shelf.copies():
-            if copy.role not in ("live", "beside"):
-                continue
-            with self.shelf.holding(copy.encoder):
-                found = await copy.encoder.find_problem()
-            if found != copy.problem:
-                logger.log(logging.ERROR if found else logging.INFO, "%s: %s", copy.tag, found or "it is well again")
-            copy.problem = found
-            if copy.encoder is live:
-                problem = found
+        problem = await self._ask(live)
         self._observer.set_ready(problem is None)
         return problem
+
+    async def find_problems(self) -> None:
+        """Look at every version, those that stand beside the live one included."""
+        await self.find_problem()
+        for copy in self.shelf.copies():
+            if copy.role == "beside":
+                await self._ask(copy.encoder)
+
+    async def _ask(self, encoder: Encoder) -> str | None:
+        with self.shelf.holding(encoder) as copy:
+            found = await encoder.find_problem()
+        if found != copy.problem:
+            logger.log(logging.ERROR if found else logging.INFO, "%s: %s", copy.tag, found or "it is well again")
+        copy.problem = found
+        return found
 
     def observe(self) -> None:
         """Bring the metrics up to date; called before they are read."""
         for encoder in self.shelf.encoders():
             encoder.report_queues()
         self._observer.set_refused(self._refusals.read().keys())
-        for follower in self._followers[:1]:
+        for follower in self._followers:
             follower.observe()
 
     # --- describing
@@ -245,7 +273,7 @@ class Keeper:
 
     def _describe_copy(self, copy: Copy) -> dict[str, Any]:
         manifest, box = copy.encoder.manifest, copy.encoder.box
-        aliases = sorted(alias for alias, tag in self.shelf.aliases.items() if tag == copy.tag)
+        aliases = [alias for alias, encoder in self.shelf.known_aliases().items() if encoder is copy.encoder]
         return {
             **copy.encoder.describe(),
             "role": copy.role,
@@ -258,3 +286,8 @@ class Keeper:
             "requests": copy.holders,
             "problem": copy.problem,
         }
+
+
+def _say_why_it_ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("%s has ended and does not come back: restart the server", task.get_name(), exc_info=error)

@@ -11,12 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from bentos.settings import ServeSettings
 from bentos.sources import LocalSource, UnknownVersionError, check_box, fingerprint_folder, mark_used
 
 API = "/api/2.0/mlflow/"
+NUMBERED = re.compile(r"v?(?P<number>\d+)(?P<run>-[0-9a-f]+)?")  # 3, v3 or 3-1f2e3d4c; anything else is an alias
 ARTIFACT_FOLDER = "lunchbox"  # of a run: where a release puts the files of the box
 LOOK_TIMEOUT_S = 5.0
 FILE_TIMEOUT_S = 30.0  # between two pieces of a file
@@ -64,7 +66,7 @@ class MlflowSource:
             password = settings.registry_password
             auth = (settings.registry_username, password.get_secret_value() if password else "")
         elif address.username:
-            auth = (address.username, address.password or "")
+            auth = (unquote(address.username), unquote(address.password or ""))
         self._client = httpx.Client(auth=auth, headers=headers, timeout=LOOK_TIMEOUT_S, transport=transport)
 
     @property
@@ -90,10 +92,10 @@ class MlflowSource:
     def find(self, reference: str) -> Pointer:
         """The version that a reference means."""
         wanted = reference.removeprefix(f"{self._name}:")
-        number = wanted.partition("-")[0].removeprefix("v")
-        if number.isdigit():
+        if (numbered := NUMBERED.fullmatch(wanted)) is not None:
+            number = numbered["number"]
             pointer = self._version(number)
-            if wanted in (pointer.bento_version, number, f"v{number}"):
+            if numbered["run"] is None or wanted == pointer.bento_version:
                 return pointer
             raise UnknownVersionError(f"version {number} at {self._url} is {pointer.bento_version}, not {wanted!r}")
         if (pointer_or_none := self.look(wanted)) is not None:
@@ -107,8 +109,8 @@ class MlflowSource:
 
     def find_here(self, pointer: Pointer) -> Path | None:
         """The folder of a version that is on this machine already."""
-        fetched = self._place(pointer)
-        return fetched if fetched.is_dir() else self._local.find_here(pointer)
+        places = (self._local.find_here(pointer), self._place(pointer))
+        return next((folder for folder in places if folder is not None and folder.is_dir()), None)
 
     def fetch(self, pointer: Pointer) -> Path:
         """The folder of a version, fetched unless it is here, whole."""
@@ -129,13 +131,9 @@ class MlflowSource:
 
     def fingerprint(self, pointer: Pointer) -> str:
         """A hash of the pointer, of what is here of it, and of what the run's artifacts are."""
-        try:
-            listed = json.dumps(self._list_files(pointer), sort_keys=True)
-        except RegistryError:
-            listed = ""
-        return hashlib.sha256(f"{listed} {fingerprint_folder(pointer, self.find_here(pointer))}".encode()).hexdigest()[
-            :16
-        ]
+        listed = json.dumps(self._list_files(pointer), sort_keys=True)
+        here = fingerprint_folder(pointer, self.find_here(pointer))
+        return hashlib.sha256(f"{listed} {here}".encode()).hexdigest()[:16]
 
     # --- fetching
 
@@ -242,7 +240,7 @@ class MlflowSource:
         tags = {tag["key"]: tag["value"] for tag in version.get("tags", [])}
         run_id = version.get("run_id") or tags.get("run_id", "")
         number = str(version["version"])
-        bento_version = tags.get("bento_tag", "").rpartition(":")[2] or name_release(number, run_id)
+        bento_version = name_release(number, run_id)
         try:
             return Pointer(
                 version=number, bento_version=bento_version, run_id=run_id, space_id=tags.get("space_id", "")
@@ -250,7 +248,7 @@ class MlflowSource:
         except ValidationError:
             raise UnknownVersionError(
                 f"version {number} of {self._name!r} at {self._url} has no `space_id` among its tags: it was not "
-                f"released. Run `ekiben release --version {number}`"
+                f"released. Run `ekiben release --run {number}`"
             ) from None
 
     def _ask(self, path: str, query: dict[str, str], *, part: str | None = None) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ class Copy:
     role: Role = "standby"
     memory_mb: float = 0.0  # about; see loading.py
     holders: int = 0  # requests that use it now
-    used_at: float = field(default_factory=time.monotonic)  # when a request last did
+    used_at: float = field(default_factory=time.monotonic)  # when a request last chose it
     problem: str | None = None  # what the last look at it found wrong
 
     @property
@@ -51,12 +51,12 @@ class Hold:
     def __init__(self, copy: Copy) -> None:
         self._copy = copy
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Copy:
         self._copy.holders += 1
+        return self._copy
 
     def __exit__(self, *_: object) -> None:
         self._copy.holders -= 1
-        self._copy.used_at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Shelf:
     def __init__(self) -> None:
         self.refusal = STARTING  # why there is no live version, while there is none
         self.aliases: Mapping[str, str] = {}  # alias -> tag, as the registry was last seen
+        self.followed = ""  # alias that the live version follows
         self._copies: dict[str, Copy] = {}  # tag -> copy, without those that leave
         self._by_encoder: dict[Encoder, Copy] = {}
         self._by_name: Mapping[str, Copy] | None = None  # None: to be made again
@@ -102,7 +103,8 @@ class Shelf:
         Args:
             name_of_field: the request's field, for the error.
             name: the model's name (the live version), an alias, a tag such as `ekiben:3-1f2e3d4c`, `3-1f2e3d4c`, `3`,
-                `v3`, or a run id.
+                `v3`, or a run id. The alias that is followed means the live version as long as the one that it names
+                now is not here: while that is fetched, or when it was refused.
 
         Raises:
             UnknownModelError: when no such version is loaded; lists those that are.
@@ -112,11 +114,20 @@ class Shelf:
         copy = self._by_encoder[live]
         if name is not None:
             found = self._named().get(self.aliases.get(name, name))
-            if found is None:
+            if found is not None:
+                copy = found
+            elif name != self.followed or name not in self.aliases:
                 raise self._unknown(name_of_field, name)
-            copy = found
         copy.used_at = time.monotonic()
         return copy.encoder
+
+    def known_aliases(self) -> dict[str, Encoder]:
+        """Every alias that a request may name, and what it means."""
+        named = {copy.tag: copy.encoder for copy in self._visible()}
+        known = {alias: named[tag] for alias, tag in self.aliases.items() if tag in named}
+        if self.followed in self.aliases and self._live is not None:
+            known.setdefault(self.followed, self._live.encoder)
+        return dict(sorted(known.items()))
 
     def _named(self) -> Mapping[str, Copy]:
         """Every name, without the aliases, and what it means; a name of several versions means the live one."""

@@ -63,7 +63,11 @@ class Source(Protocol):
         """
 
     def fingerprint(self, pointer: Pointer) -> str:
-        """Something that changes when the version's files may have changed."""
+        """Something that changes when the version's files may have changed.
+
+        Raises:
+            RegistryError: when the source cannot be reached or understood.
+        """
 
 
 class UnknownVersionError(RegistryError):

@@ -7,6 +7,7 @@ instant on it is live. Before that, one failure is enough, and nothing has chang
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -14,7 +15,14 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from bentos.crew import Coming, Crew, Item, Plan
-from bentos.errors import BusyError, IncompleteLoadError, LunchboxError, NotReadyError, RefusedVersionError
+from bentos.errors import (
+    BusyError,
+    IncompleteLoadError,
+    LunchboxError,
+    NoRoomError,
+    NotReadyError,
+    RefusedVersionError,
+)
 from bentos.loading import estimate_memory_mb
 from bentos.observer import Observer
 from bentos.settings import ServeSettings
@@ -76,7 +84,7 @@ class Swaps:
             finally:
                 turn.close()
         except (RefusedVersionError, IncompleteLoadError, BusyError) as error:
-            self._observer.record_swap(RESULTS[type(error)])
+            self._observer.record_swap(next(name for kind, name in RESULTS.items() if isinstance(error, kind)))
             logger.error("%s was not brought to all workers: %s", item.tag, error)
             raise
         except OSError as error:
@@ -103,7 +111,8 @@ class Swaps:
 
     async def _bring(self, item: Item, *, live: bool, until: float) -> Outcome:
         plan = self._crew.read_plan() or Plan()
-        if any(item.tag == other.tag for other in plan.items()):
+        known = any(item.tag == other.tag for other in plan.items())
+        if known and not self._look(item.tag, PREPARED).missing:
             plan = self._crew.change_plan(lambda plan: self._place(item, plan, live=live))
         else:
             self._refuse_too_large(item, live)
@@ -130,7 +139,7 @@ class Swaps:
             while True:
                 outcome = self._look(item.tag, PREPARED, attempt)
                 if outcome.failed:
-                    raise self._refuse(item, outcome)
+                    raise RefusedVersionError(item.tag, next(iter(outcome.failed.values())), outcome.describe())
                 if outcome.missing and time.monotonic() > until:
                     raise IncompleteLoadError(
                         f"{item.tag} was not loaded in time by the worker(s) {_join(outcome.missing)}; nothing has "
@@ -142,16 +151,8 @@ class Swaps:
                     return plan
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
-            self._crew.change_plan(forget)
-
-    def _refuse(self, item: Item, outcome: Outcome) -> RefusedVersionError:
-        reason = next(iter(outcome.failed.values()))
-        return RefusedVersionError(
-            f"{item.tag} was refused: {reason}. What was served before goes on",
-            model=item.tag,
-            reason=reason,
-            workers=outcome.describe(),
-        )
+            with contextlib.suppress(OSError):  # on a full disk: the next swap takes its place
+                self._crew.change_plan(forget)
 
     def _place(self, item: Item, plan: Plan, *, live: bool) -> Plan:
         """The plan in which a version that all workers have is the live one, or stands beside it."""
@@ -160,13 +161,14 @@ class Swaps:
         item = here.model_copy(update={"pinned": here.pinned or item.pinned})
         others = [other for other in plan.beside if other.tag != item.tag]
         if before is not None and before.tag == item.tag:
-            return plan.model_copy(update={"live": item, "coming": None})
+            return plan.model_copy(update={"live": item, "coming": None, "instead_of": None})
         if not live:
             return plan.model_copy(update={"beside": self._fit([*others, item], keep=item), "coming": None})
         if before is not None and before.pinned:
             others.append(before)
         at = time.monotonic() + (FLIP_AFTER_S if before is not None else 0.0)
-        return plan.model_copy(update={"live": item, "at": at, "beside": self._fit(others), "coming": None})
+        beside = self._fit(others)
+        return plan.model_copy(update={"live": item, "at": at, "beside": beside, "coming": None, "instead_of": None})
 
     def drop(self, tag: str) -> None:
         """Let a version leave that stands beside the live one, unless it was asked to stay."""
@@ -214,41 +216,40 @@ class Swaps:
         except LunchboxError:
             return  # the workers will say so
         if memory_mb > self._settings.shelf_mb:
-            raise self._too_large(item, memory_mb)
+            raise self._no_room(item, memory_mb, self._settings.shelf_mb)
 
     def _fit(self, items: list[Item], keep: Item | None = None) -> tuple[Item, ...]:
         """As many of the versions beside the live one as there is room for: the least recently used leave.
 
+        Those that were asked for by hand leave after those that were not: a shadow takes nobody's place.
+
         Raises:
-            RefusedVersionError: when there is no room for `keep` even alone.
+            NoRoomError: when there is no room for `keep`.
         """
         held = [report.holdings for report in self._crew.reports()]
         copies = {item.tag: [holdings[item.tag] for holdings in held if item.tag in holdings] for item in items}
         used_at = {tag: max((copy.used_at for copy in found), default=0.0) for tag, found in copies.items()}
         memory_mb = {tag: max((copy.memory_mb for copy in found), default=0.0) for tag, found in copies.items()}
         room = float(self._settings.shelf_mb)
-        if keep is not None and memory_mb[keep.tag] > room:
-            raise self._too_large(keep, memory_mb[keep.tag])
         kept: list[Item] = []
-        for item in sorted(items, key=lambda item: (item != keep, -used_at[item.tag])):
+        for item in sorted(items, key=lambda item: (not item.pinned, item != keep, -used_at[item.tag])):
             if memory_mb[item.tag] <= room:
                 kept.append(item)
                 room -= memory_mb[item.tag]
+            elif item == keep:
+                raise self._no_room(item, memory_mb[item.tag], room)
             else:
                 allowed = self._settings.shelf_mb
                 logger.info("%s leaves: EKIBEN_SHELF_MB allows %d MiB beside the live version", item.tag, allowed)
         return tuple(kept)
 
-    def _too_large(self, item: Item, memory_mb: float) -> RefusedVersionError:
-        reason = (
-            f"it takes about {memory_mb:.0f} MiB beside the live version, and EKIBEN_SHELF_MB allows "
-            f"{self._settings.shelf_mb}"
-        )
-        return RefusedVersionError(
-            f"{item.tag} was refused: {reason}. Raise EKIBEN_SHELF_MB, or load it as the live version",
-            model=item.tag,
-            reason=reason,
-            workers=Outcome().describe(),
+    def _no_room(self, item: Item, memory_mb: float, room_mb: float) -> NoRoomError:
+        allowed = self._settings.shelf_mb
+        left = "" if room_mb == allowed else f", of which {room_mb:.0f} are not taken by versions that were asked for"
+        return NoRoomError(
+            item.tag,
+            f"it takes about {memory_mb:.0f} MiB beside the live version, and EKIBEN_SHELF_MB allows {allowed}{left}",
+            cure="Raise EKIBEN_SHELF_MB, or load it as the live version",
         )
 
 

@@ -87,7 +87,8 @@ class Worker:
             return False
 
         def fall_back(now: Plan) -> Plan:
-            return now.model_copy(update={"live": first, "at": time.monotonic()}) if now.live == live else now
+            update = {"live": first, "at": time.monotonic(), "instead_of": live.tag}
+            return now.model_copy(update=update) if now.live == live else now
 
         self._crew.change_plan(fall_back)
         return True
@@ -120,6 +121,8 @@ class Worker:
         plan = self._crew.read_plan()
         if plan is None:
             return
+        if plan.coming is not None and not self._crew.is_alive(plan.coming.by):
+            plan = self._crew.change_plan(self._forget_orphan)
         self._shelf.turn()
         now = time.monotonic()
         if plan.serial != self._done or now >= self._retry_at:
@@ -133,6 +136,11 @@ class Worker:
             self._report(plan)
         elif now >= self._report_at or self._roles() != self._reported:
             self._report(plan)
+
+    def _forget_orphan(self, plan: Plan) -> Plan:
+        """The plan without a version that is to come for a worker that has died."""
+        orphan = plan.coming is not None and not self._crew.is_alive(plan.coming.by)
+        return plan.model_copy(update={"coming": None}) if orphan else plan
 
     async def _have(self, items: list[Item], attempt: int) -> None:
         """Load what must be there."""

@@ -14,7 +14,7 @@ import pytest
 
 from bentos.aliases import Pointer, alias_path, write_alias
 from bentos.crew import Crew, Item
-from bentos.errors import RegistryError
+from bentos.errors import IncompleteLoadError, NotReadyError, RegistryError
 from bentos.follow import Follower
 from bentos.manifest import read_manifest
 from bentos.observer import Observer
@@ -111,6 +111,7 @@ def on_stage(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         source = FlakySource(home, "ekiben")
         follower = Follower(alias, source, crew, swaps, refusals, settings, notes, live=live)
         stage = Stage(home, shelf, crew, swaps, source, follower, refusals, notes)
+        shelf.followed = alias if live else ""
         first = Item(tag=read_manifest(stage.box("1")).tag, path=stage.box("1"))
         await worker.join(lambda: first, lambda: first)
         task = asyncio.create_task(worker.run())
@@ -233,7 +234,94 @@ def test_the_alias_may_leave_a_refused_version_behind(on_stage: Callable[..., No
         stage.point("3")
         await stage.follower.look()
         assert stage.live == "3"
-        assert list(stage.refusals.read()) == [read_manifest(stage.box("2")).tag], "it is still known why"
+        assert stage.refusals.read() == {}, "nobody asks for it any more"
+
+    on_stage(test)
+
+
+def test_requests_that_name_the_alias_are_answered_whatever_becomes_of_its_version(
+    on_stage: Callable[..., None],
+) -> None:
+    async def test(stage: Stage) -> None:
+        (stage.box("2") / "canary.json").unlink()
+        stage.point("2")
+        await stage.follower.look()
+        await wait_until(lambda: "champion" in stage.shelf.aliases)
+        assert stage.shelf.choose("model", "champion").manifest.version == "1"
+        stage.point("3")
+        looking = asyncio.create_task(stage.follower.look())
+        seen = set()
+        while not looking.done():
+            seen.add(stage.shelf.choose("model", "champion").manifest.version)
+            await asyncio.sleep(0.005)
+        await looking
+        assert seen <= {"1", "3"}
+        await wait_until(lambda: stage.shelf.choose("model", "champion").manifest.version == "3")
+
+    on_stage(test)
+
+
+def test_what_took_the_place_of_a_version_that_could_not_be_loaded_makes_room_for_it_again(
+    on_stage: Callable[..., None],
+) -> None:
+    async def test(stage: Stage) -> None:
+        stage.point("2")
+        await stage.follower.look()
+        assert stage.live == "2"
+        first, second = (Item(tag=read_manifest(stage.box(v)).tag, path=stage.box(v)) for v in "12")
+        fallen_back = {"live": first, "at": 0.0, "instead_of": second.tag}  # as the worker does when it starts anew
+        stage.crew.change_plan(lambda plan: plan.model_copy(update=fallen_back))
+        await wait_until(lambda: stage.live == "1")
+        await stage.follower.look()
+        assert stage.live == "2"
+        plan = stage.crew.read_plan()
+        assert plan is not None
+        assert plan.instead_of is None
+
+    on_stage(test)
+
+
+@pytest.mark.parametrize(
+    "problem", [IncompleteLoadError("a worker is slow"), NotReadyError("no space left"), OSError("no space left")]
+)
+def test_what_is_not_the_versions_fault_is_not_held_against_it(
+    problem: Exception, on_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    async def test(stage: Stage) -> None:
+        stage.point("2")
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.swaps, "bring", fail)
+            await stage.follower.look()
+        assert stage.refusals.read() == {}
+        assert str(problem) in stage.follower.describe()["error"]
+        assert stage.follower.describe()["failures"] == 1
+        await stage.follower.look()
+        assert stage.live == "2"
+        assert stage.follower.describe()["error"] is None
+
+    on_stage(test)
+
+
+def test_following_goes_on_when_the_office_could_not_be_taken(
+    on_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(stage: Stage) -> None:
+        stage.point("2")
+        take, calls = stage.crew.take, []
+
+        def take_late(role: str) -> object:
+            calls.append(role)
+            if len(calls) < 3:
+                raise OSError("too many open files")
+            return take(role)
+
+        monkeypatch.setattr(stage.crew, "take", take_late)
+        task = asyncio.create_task(stage.follower.run())
+        await wait_until(lambda: stage.live == "2")
+        task.cancel()
 
     on_stage(test)
 

@@ -496,7 +496,11 @@ def test_an_admins_key_is_no_api_key(new: Lunchbox, old: Lunchbox) -> None:
     ("error", "status", "code"),
     [
         (UnknownModelError("no such version", field="version"), 404, "unknown_model"),
-        (RefusedVersionError("the canary differs", workers={"failed": {"7": "canary"}}), 422, "version_refused"),
+        (
+            RefusedVersionError("ekiben:2-fedcba98", "the canary differs", {"failed": {"7": "canary"}}),
+            422,
+            "version_refused",
+        ),
         (IncompleteLoadError("worker 7 is missing", workers={"missing": [7]}), 504, "load_incomplete"),
         (BusyError("one at a time", retry_after_s=3), 409, "busy"),
         (RuntimeError("secret"), 500, "internal"),

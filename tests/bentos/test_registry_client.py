@@ -119,7 +119,7 @@ def test_a_version_has_many_names(registry: Registry) -> None:
 
 
 def test_a_version_that_was_not_released_says_so(registry: Registry) -> None:
-    with pytest.raises(UnknownVersionError, match=r"version 2 .* was not released\. Run `ekiben release --version 2`"):
+    with pytest.raises(UnknownVersionError, match=r"version 2 .* was not released\. Run `ekiben release --run 2`"):
         registry.source.look("unreleased")
 
 

@@ -105,7 +105,35 @@ def test_the_version_used_last_comes_after_the_live_one(run: Callable[[Test], No
         await asyncio.sleep(0.02)
         with shelf.holding(one):
             pass
+        assert copy.used_at == before, "to look at a version, as its canary does, is no use"
+        shelf.choose("model", "1")
         assert copy.used_at > before
+
+    run(test)
+
+
+def test_the_alias_that_is_followed_means_the_live_version_until_the_next_one_is_here(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(shelf: Shelf, one: Encoder, two: Encoder) -> None:
+        with pytest.raises(UnknownModelError):
+            shelf.choose("model", "champion")
+        shelf.followed = "champion"
+        shelf.aliases = {"champion": tag(one)}
+        assert shelf.choose("model", "champion") is one
+        shelf.aliases = {"champion": tag(two), "challenger": tag(two)}
+        assert shelf.choose("model_version", "champion") is one
+        assert shelf.known_aliases() == {"champion": one}
+        with pytest.raises(UnknownModelError):
+            shelf.choose("model", "challenger")
+        at = time.monotonic() + 0.2
+        shelf.flip(tag(two), at)
+        assert shelf.choose("model", "champion") is one
+        await asyncio.sleep(0.25)
+        assert shelf.choose("model", "champion") is two
+        assert shelf.known_aliases() == {"challenger": two, "champion": two}
+        shelf.aliases = {"champion": tag(one)}  # another was loaded by hand
+        assert shelf.choose("model", "champion") is two
 
     run(test)
 
