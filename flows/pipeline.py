@@ -28,6 +28,6 @@ def pipeline(
     release: ReleaseParams = ReleaseParams(),  # noqa: B008
 ) -> PipelineResult:
     """Search for the best candidate on the data, then put it through the gates and into a Bento."""
-    study = tune_flow(data=data, train=train, evaluate=evaluate, tune=tune)
+    study = tune_flow(data=data, train=train, evaluate=evaluate, tune=tune, release=release)
     shipped = release_flow(run=study.run_id, release=release)
     return PipelineResult(tune=study, release=shipped)

@@ -5,6 +5,7 @@ The one that is picked is evaluated on test and registered. Several processes ma
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from flows.core.cost import MACHINE_COSTS, CostMeter, identify_machine, open_scr
 from flows.core.evaluation import primary_metric
 from flows.core.models import available_base_models
 from flows.core.plots import write_front_plot
+from flows.core.precision import Int8Trial
 from flows.core.samples import spread_texts
 from flows.core.search import Best, Candidate, Search, study_name
 from flows.core.tracking import Tracker, open_tracker
 from flows.errors import ModelNotFoundError, NothingReleasedError, ParamsError, hide_password
-from flows.params import DataParams, EvaluateParams, SearchSpace, TrainParams, TuneParams
+from flows.params import DataParams, EvaluateParams, ReleaseParams, SearchSpace, TrainParams, TuneParams
 from flows.progress import say
 from flows.settings import FlowSettings, export_environment, load_settings
 from flows.stages import (
@@ -39,7 +41,7 @@ from flows.stages import (
     tracked_run,
 )
 from flows.train import TrainResult
-from flows.trials import Bench, drop_weights, measure_cost, run_trial
+from flows.trials import Bench, drop_weights, finish_name, measure_cost, run_trial
 
 PROBE_TEXTS = 48  # of dev, whose computation is timed
 WAIT_S = 5.0  # between two looks at what other processes do
@@ -66,8 +68,13 @@ def tune(
     train: TrainParams = TrainParams(),  # noqa: B008 - frozen; Prefect shows it as the form's default
     evaluate: EvaluateParams = EvaluateParams(),  # noqa: B008
     tune: TuneParams = TuneParams(),  # noqa: B008
+    release: ReleaseParams = ReleaseParams(),  # noqa: B008
 ) -> TuneResult:
-    """Search for the parameters that score best on dev and cost least; a study that was interrupted goes on."""
+    """Search for the parameters that score best on dev and cost least; a study that was interrupted goes on.
+
+    Of `release` only what it asks of int8 counts: candidates of the precision `auto` are scored by it as they would be
+    served.
+    """
     settings = load_settings()
     export_environment(settings)
     deadline = time.monotonic() + 60 * tune.minutes
@@ -78,7 +85,10 @@ def tune(
     close_orphans(tracker, settings)
     anchor = open_anchor(tracker, settings, train)
     wanted = {*tune.costs, *tune.cost_limits}
-    conditions = [identify_machine()] if wanted.intersection(MACHINE_COSTS) else []
+    conditions = []
+    if wanted.intersection(MACHINE_COSTS):
+        int8_limits = Int8Trial(release, None).limits
+        conditions = [identify_machine(), f"as served, int8 within {json.dumps(int8_limits, sort_keys=True)}"]
     conditions += [f"anchor {anchor.tag}"] if anchor is not None else []
     with open_scratch(settings.runs_path) as scratch:
         meter = CostMeter(spread_texts(dataset.dev, PROBE_TEXTS), wanted, scratch)
@@ -88,21 +98,22 @@ def tune(
             base=train,
             params=tune,
             measure=partial(measure_cost, meter, anchor),
+            min_speedup=release.int8_min_speedup,
         )
         _check_runs(search, tracker, settings)
         if search.resumed_trials:
             say(f"[tune] going on with study {search.name}: {search.resumed_trials} trials are done")
         tags = {"study": search.name, "primary_metric": metric, "policy": tune.policy}
         sections = {"data": data, "train": train, "evaluate": evaluate, "tune": tune}
-        bench = Bench(search, dataset, evaluate, tune.pruning_checks, tracker, settings, scratch, anchor)
+        bench = Bench(search, dataset, evaluate, tune.pruning_checks, tracker, settings, scratch, anchor, release)
         with tracked_run(tracker, "tune", dataset, sections, tags=tags) as parent_run_id:
             _run_trials(search, deadline, lambda candidate: run_trial(bench, candidate, parent_run_id))
             best = search.best()
             rows = show_front(search, best, metric, tune, tracker, parent_run_id)
-            with search.alone(f"finish {best.run_id}"):
+            with search.alone(finish_name(best.run_id)):
                 winner = finish_winner(best, bench)
             if not search.others_at_work:
-                drop_weights(search, settings, keep=set())
+                drop_weights(search, settings, at_end=True)
     return TuneResult(
         **winner.model_dump(),
         study=search.name,
@@ -152,7 +163,8 @@ def finish_winner(best: Best, bench: Bench) -> TrainResult:
         path = keep_fit(tracker, best.run_id, again, settings)
     evaluation = evaluate_candidate(dataset, path, best.params.base_model, bench.evaluate)
     version = record(tracker, best.run_id, dataset, path, evaluation)
-    return TrainResult.of(best.run_id, version, bench.metric, evaluation.flat_metrics())
+    near = {name: value for name, value in tracker.find_run(best.run_id).metrics.items() if name.startswith("anchor/")}
+    return TrainResult.of(best.run_id, version, bench.metric, evaluation.flat_metrics() | near)
 
 
 def show_front(

@@ -82,7 +82,7 @@ class CostMeter:
 
         `p95_ms` is the 95th percentile over the texts, `memory_mb` the resident memory in MiB of a process with
         tokenizer, model and runtime after it has computed them, `bytes_per_vector` that of float32. `auto` is measured
-        in int8 where int8 can be made.
+        in int8 where int8 can be made; `Prices` asks for both instead, and takes the one that would be served.
 
         Raises:
             ParamsError: the base model has fewer layers, dimensions or tokens than asked for.
@@ -181,7 +181,7 @@ def export_for_serving(model: SentenceTransformer, box: Path, *, texts: Sequence
 
 
 def serving_precision(exported: Exported, params: TrainParams) -> str:
-    """What a release of this candidate is taken to compute in: `auto` as int8 where int8 can be made.
+    """What an export of these parameters is opened in: `auto` as int8 where int8 can be made.
 
     Raises:
         UnsupportedModelError: int8 is asked for and cannot be made.

@@ -10,18 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.core.claims import claim
 from flows.core.front import TRIAL, as_cheap, is_hopeless
+from flows.core.prices import Prices
 from flows.core.standings import (
     BASE,
+    BROKEN,
     CHECKS,
     COSTS,
     HOPELESS,
     INFEASIBLE,
     PARAMS,
+    PRECISION,
     RUN_ID,
     SECONDS,
     SKIPPED,
@@ -32,11 +36,9 @@ from flows.core.standings import (
 )
 from flows.core.studies import (
     REASON,
-    claim,
     close_stale_trials,
     heartbeat,
     make_sampler,
-    name_architecture,
     only_value,
     plain_study_errors,
     quiet_optuna,
@@ -57,7 +59,6 @@ __all__ = ["Best", "Candidate", "Search", "study_name"]
 
 MAX_DRAWS = 20  # unusable draws in a row (known, too long, too dear) before the search gives up
 COST_MARGIN = 1.1  # a trial is started when this times its predicted duration is left
-UNUSABLE = "unusable"  # in place of the costs of an architecture: why there is no such model
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ class Candidate:
     number: int
     params: TrainParams
     costs: Costs = field(default_factory=dict)
-
-
-def _no_costs(params: TrainParams) -> Costs:
-    return {}
+    precision: str = "auto"  # that these are the costs of; `auto` when none hangs on it
 
 
 class Search(Standings):
@@ -83,7 +81,8 @@ class Search(Standings):
         name: str,
         base: TrainParams,
         params: TuneParams,
-        measure: Callable[[TrainParams], Costs] = _no_costs,
+        measure: Callable[[TrainParams], Costs] | None = None,
+        min_speedup: float = 1.0,
     ) -> None:
         """Open the study, go on with it when it exists, and close the trials of processes that are gone.
 
@@ -94,7 +93,9 @@ class Search(Standings):
                 whatever the space does not vary.
             params: Budget, seed, space, costs, limits of cost, and policy.
             measure: Says what a candidate will cost in serving: at least the costs and what is limited. Asked once for
-                each architecture and study. May raise ParamsError or UnsupportedModelError: there is no such model.
+                each architecture and study; of the precision `auto`, for fp32 and for int8. May raise ParamsError or
+                UnsupportedModelError: there is no such model.
+            min_speedup: `auto` is taken to be served in int8 when fp32 takes at least this many times as long.
 
         Raises:
             ParamsError: the storage cannot be opened.
@@ -102,7 +103,7 @@ class Search(Standings):
         super().__init__(storage, name=name, params=params)
         self.ended_by = ""  # why `next_candidate` gave None: "trials", "budget", "limits", "exhausted" or "policy"
         self._base = base
-        self._measure = measure
+        self._prices = Prices(self._study, {*self._costs, *self._limits}, measure, min_speedup=min_speedup)
         distributions = to_distributions(params.space)
         # What has a single choice is no question: a study keeps, and its sampler sees, only what it may choose.
         self._given = {name: only_value(each) for name, each in distributions.items() if each.single()}
@@ -116,8 +117,12 @@ class Search(Standings):
     @property
     def remaining_trials(self) -> int:
         """Trials that this call may still start; those that other processes are busy with count as done."""
-        left = self._params.trials - self.finished_trials - self.hopeless_trials - len(self._trials("RUNNING"))
+        left = self._params.trials - self._done - len(self._trials("RUNNING"))
         return max(0, min(left, self._params.trials - self._started))
+
+    @property
+    def _done(self) -> int:
+        return self.finished_trials + self.hopeless_trials + self.broken_trials
 
     @property
     def others_at_work(self) -> int:
@@ -205,6 +210,15 @@ class Search(Standings):
         return not trial.user_attrs.get(BASE) and is_hopeless(value, peers)
 
     @plain_study_errors
+    def reprice(self, candidate: Candidate, precision: str) -> Candidate:
+        """Note that a candidate would be served in `precision`, not in what it was priced in; return it with that."""
+        costs = self._prices.look_up(candidate.params.model_copy(update={"precision": precision}))
+        trial, _ = self._running[candidate.number]
+        trial.set_user_attr(COSTS, costs)
+        trial.set_user_attr(PRECISION, precision)
+        return replace(candidate, costs=costs, precision=precision)
+
+    @plain_study_errors
     def report(
         self, candidate: Candidate, value: float, *, seconds: float, run_id: str, stopped_early: bool = False
     ) -> None:
@@ -212,14 +226,14 @@ class Search(Standings):
 
         Args:
             candidate: From `next_candidate`.
-            value: Its score, the higher the better; one that is not a number makes the trial fail.
+            value: Its score, the higher the better; one that is not a number makes the trial fail, for good.
             seconds: How long it took.
             run_id: The run that holds it.
             stopped_early: It was cut off by its time budget. Such a trial does not count as finished, and is only
                 chosen when none is.
         """
         if not math.isfinite(value):
-            self.fail(candidate, f"its score is {value}")
+            self.fail(candidate, f"its score is {value}", again=0)
             return
         trial = self._end(candidate.number, {VALUE: value, SECONDS: seconds, RUN_ID: run_id})
         if stopped_early:
@@ -242,18 +256,38 @@ class Search(Standings):
         return reason
 
     @plain_study_errors
-    def fail(self, candidate: Candidate, reason: str) -> None:
-        """Tell the study that a candidate could not be trained or scored."""
-        self._study.tell(self._end(candidate.number, {REASON: reason[:500]}), state=trial_state("FAIL"))
+    def fail(self, candidate: Candidate, reason: str, *, again: int | None = None) -> None:
+        """Tell the study that a candidate could not be trained or scored.
+
+        Args:
+            candidate: From `next_candidate`.
+            reason: What went wrong.
+            again: How often the same parameters may be tried again after such a failure. Then they count as tried, and
+                the trial among those of the study. 0: they fail the same way each time. None: it was not their fault.
+        """
+        trial = self._end(candidate.number, {REASON: reason[:500]})
+        if again is not None:
+            mine = trial.user_attrs[PARAMS]
+            failed = [other.user_attrs for other in self._trials("FAIL") if REASON in other.user_attrs]
+            if sum(attrs.get(PARAMS) == mine for attrs in failed) >= again:
+                trial.set_user_attr(BROKEN, True)
+        self._study.tell(trial, state=trial_state("FAIL"))
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
-        """Do what is called `what` in one process of the study at a time; the others wait."""
-        with claim(self._study, f"{self.name}: {what}"):
-            yield
+    def alone(self, what: str, *, wait: bool = True) -> Iterator[bool]:
+        """Do what is called `what` in one process of the study at a time.
+
+        Args:
+            what: Its name.
+            wait: For the others; else it yields false while one of them is at it.
+        """
+        with claim(self._study, f"{self.name}: {what}", wait=wait) as is_ours:
+            yield is_ours
 
     def _base_was_tried(self) -> bool:
-        """Whether the base is being trained, was trained, or is too dear as the limits are now."""
+        """Whether the base is being trained, was trained, cannot be, or is too dear as the limits are now."""
+        if any(trial.user_attrs.get(BASE) for trial in self._broken()):
+            return True
         return any(
             trial.state == trial_state("RUNNING") or RUN_ID in trial.user_attrs or self._excess(trial)
             for trial in self._trials("COMPLETE", "PRUNED", "RUNNING")
@@ -281,11 +315,11 @@ class Search(Standings):
         earlier = [trial for trial in self._trials("RUNNING") if trial.number < number]
         if base and any(trial.user_attrs.get(BASE) for trial in earlier):
             return True
-        return len(earlier) + self.finished_trials + self.hopeless_trials >= self._params.trials
+        return len(earlier) + self._done >= self._params.trials
 
     def _is_known(self, number: int, params: TrainParams) -> bool:
         wanted = params.model_dump(mode="json")
-        known = [*self._trials("COMPLETE", "RUNNING"), *self._hopeless()]
+        known = [*self._trials("COMPLETE", "RUNNING"), *self._hopeless(), *self._broken()]
         return any(trial.user_attrs.get(PARAMS) == wanted for trial in known if trial.number != number)
 
     def _fits(self, params: TrainParams, deadline: float) -> bool:
@@ -294,7 +328,7 @@ class Search(Standings):
     def _admit(self, trial: Trial, params: TrainParams, *, base: bool) -> bool:
         """Whether the candidate may be trained: there is such a model, and it is within the limits of cost."""
         try:
-            costs = self._look_up(params)
+            precision, costs = self._prices.price(params)
         except (ParamsError, UnsupportedModelError) as error:
             if base:
                 self._skip(trial, str(error))
@@ -305,6 +339,7 @@ class Search(Standings):
             self._skip(trial, str(error))
             raise
         trial.set_user_attr(COSTS, costs)
+        trial.set_user_attr(PRECISION, precision)
         excess = self._excess(trial)
         if excess:
             self._reject(trial, self._constraints(costs), "; ".join(excess))
@@ -312,32 +347,8 @@ class Search(Standings):
             _constrain(trial, self._constraints(costs))
         return not excess
 
-    def _look_up(self, params: TrainParams) -> Costs:
-        """What an architecture costs: measured once for the whole study, so that its trials all cost the same."""
-        if self._measure is _no_costs:
-            return {}
-        key = name_architecture(params)
-        known = self._known_costs(key)
-        if known is None:
-            with self.alone(key):
-                known = self._known_costs(key)
-                if known is None:
-                    try:
-                        known = dict(self._measure(params))
-                    except (ParamsError, UnsupportedModelError) as error:
-                        known = {UNUSABLE: str(error)}
-                    self._study.set_user_attr(key, known)
-        if UNUSABLE in known:
-            raise UnsupportedModelError(known[UNUSABLE])
-        return known
-
-    def _known_costs(self, key: str) -> dict[str, Any] | None:
-        known: dict[str, Any] | None = self._study.user_attrs.get(key)
-        wanted = {*self._costs, *self._limits}
-        return known if known is not None and (UNUSABLE in known or wanted <= known.keys()) else None
-
     def _constraints(self, costs: Costs) -> dict[str, float]:
-        return {name: costs[name] / limit - 1 for name, limit in self._limits.items()}
+        return {name: costs[name] / limit - 1 for name, limit in self._limits.items() if name in costs}
 
     def _reject(self, trial: Trial, constraints: Mapping[str, float], reason: str) -> None:
         _constrain(trial, constraints)
@@ -355,7 +366,7 @@ class Search(Standings):
         stack.enter_context(heartbeat(self._study, trial))
         self._running[trial.number] = (trial, stack)
         self._started += 1
-        return Candidate(trial.number, params, trial.user_attrs[COSTS])
+        return Candidate(trial.number, params, trial.user_attrs[COSTS], trial.user_attrs[PRECISION])
 
     def _end(self, number: int, attrs: Mapping[str, Any]) -> Trial:
         trial, stack = self._running.pop(number)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from flows.core.forecast import Forecast
 from flows.core.front import TRIAL, Point, choose, pareto_front
-from flows.core.studies import REASON, open_study, plain_study_errors, trial_state
+from flows.core.processes import identify_process, is_alive
+from flows.core.studies import OWNER, REASON, open_study, plain_study_errors, trial_state
 from flows.errors import EkibenError, ParamsError
 from flows.params import TrainParams, TuneParams
 
@@ -26,10 +27,12 @@ VALUE = "value"  # of a trial with a final score
 SECONDS = "seconds"
 RUN_ID = "run_id"
 COSTS = "costs"
+PRECISION = "precision"  # that the costs, and the final score, are of
 CHECKS = "checks"  # number of the check -> dev metric
 SKIPPED = "skipped"  # drawn, never started
 INFEASIBLE = "infeasible"  # likewise, since there is no such model or it would cost too much
 HOPELESS = "hopeless"  # given up in the middle
+BROKEN = "broken"  # failed, and would fail again
 
 Costs = dict[str, float]
 
@@ -75,6 +78,11 @@ class Standings:
         """Trials that were given up in the middle, in all calls."""
         return len(self._hopeless())
 
+    @property
+    def broken_trials(self) -> int:
+        """Trials that failed by themselves and would fail again, in all calls."""
+        return len(self._broken())
+
     def best(self) -> Best:
         """The trial that the policy takes.
 
@@ -92,6 +100,12 @@ class Standings:
             raise ParamsError(
                 f"no trial of study {self.name} is within the limits of cost (of {len(dear)}, the last: {dear[-1]}): "
                 "raise the limit, or give tune.space smaller models (layers, dimensions, precision)"
+            )
+        broken = self._broken()
+        if broken:
+            raise EkibenError(
+                f"no trial of study {self.name} was scored; {len(broken)} failed and would fail again (the last: "
+                f"{broken[-1].user_attrs[REASON]}): correct the base parameters or the space, or raise tune.trials"
             )
         raise EkibenError(f"no trial of study {self.name} was scored; look at why they failed, then run it again")
 
@@ -130,16 +144,20 @@ class Standings:
         return sorted(points, key=lambda point: (point.log_cost, point.quality, point.number))
 
     @plain_study_errors
-    def run_ids(self) -> dict[int, str]:
-        """Number of a trial that was trained, to its end or not -> its run."""
+    def run_ids(self, *, of_others: bool = True) -> dict[int, str]:
+        """Number of a trial that was trained, to its end or not -> its run.
+
+        Args:
+            of_others: Also those of other processes that still live.
+        """
         trained = [trial for trial in self._trials("COMPLETE", "PRUNED") if RUN_ID in trial.user_attrs]
-        return {trial.number: trial.user_attrs[RUN_ID] for trial in trained}
+        return {trial.number: trial.user_attrs[RUN_ID] for trial in trained if of_others or not _is_of_other(trial)}
 
     @plain_study_errors
     def rows(self) -> list[dict[str, Any]]:
         """One row a trial, for a table: number, state, whether on the front, value, costs, seconds, run, params, note.
 
-        Of the parameters only those that the space may vary.
+        Of the parameters only those that the space may vary; of the precision `auto`, what it was priced and scored in.
         """
         front = {point.number for point in self.front()}
         varied = type(self._params.space).model_fields
@@ -153,6 +171,7 @@ class Standings:
             row |= {cost: attrs.get(COSTS, {}).get(cost) for cost in dict.fromkeys([*self._costs, *self._limits])}
             row |= {name: attrs.get(name) for name in (SECONDS, RUN_ID)}
             row |= {name: attrs[PARAMS][name] for name in varied}
+            row[PRECISION] = attrs.get(PRECISION, row[PRECISION])
             rows.append(row | {"note": attrs.get(REASON, "the base" if attrs.get(BASE) else "")})
         return rows
 
@@ -175,6 +194,9 @@ class Standings:
     def _hopeless(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials("PRUNED") if HOPELESS in trial.user_attrs]
 
+    def _broken(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials("FAIL") if BROKEN in trial.user_attrs]
+
     def _scored(self, state: str) -> dict[int, FrozenTrial]:
         """Trials with a final score whose costs are within the limits, as these are now."""
         trials = [trial for trial in self._trials(state) if VALUE in trial.user_attrs]
@@ -189,10 +211,18 @@ class Standings:
         return tuple(costs[name] for name in self._costs)
 
     def _excess(self, trial: FrozenTrial) -> list[str]:
-        """What costs more than allowed, each with its figures."""
-        costs = trial.user_attrs.get(COSTS, {})
-        return [
-            f"{name} {costs[name]:g}, allowed {limit:g} (tune.max_{name})"
-            for name, limit in self._limits.items()
-            if costs.get(name, 0.0) > limit
-        ]
+        """What costs more than allowed, or was never measured, each with its figures."""
+        costs: Costs = trial.user_attrs.get(COSTS, {})
+        excess = []
+        for name, limit in self._limits.items():
+            if name not in costs:
+                cure = f"name it in tune.costs, which begins a new study, or leave out tune.max_{name}"
+                excess.append(f"{name} was never measured, allowed {limit:g}; {cure}")
+            elif costs[name] > limit:
+                excess.append(f"{name} {costs[name]:g}, allowed {limit:g} (tune.max_{name})")
+        return excess
+
+
+def _is_of_other(trial: FrozenTrial) -> bool:
+    owner, ours = trial.user_attrs.get(OWNER), identify_process()
+    return owner is not None and (owner["host"], owner["pid"]) != (ours["host"], ours["pid"]) and is_alive(owner)

@@ -1,6 +1,6 @@
 """How a study is kept: opened, named, told its space, and cleared of trials whose process is gone. Core layer.
 
-Only this module and search.py import optuna.
+Only this module, claims.py and search.py import optuna.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import re
-import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -36,11 +36,8 @@ SQLITE_WAIT_S = 120  # for other processes' writes: SQLite lets one process writ
 TABLE_TRIES = 10
 ARCHITECTURE = ("base_model", "layers", "dimensions", "max_tokens", "precision")  # parameters that make it
 MAX_KEY_LENGTH = 400  # characters; a database's column holds 512
-CLAIM_LASTS_S = 1800  # a claim of another host, which cannot be asked whether the process still lives
-CLAIM_POLL_S = 2.0
 OWNER = "owner"  # user attribute: which process runs the trial
 REASON = "reason"  # user attribute: why a trial was not finished
-SINCE = "since"  # user attribute of a claim: when somebody first waited for it
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -180,7 +177,8 @@ def close_stale_trials(study: Study) -> int:
     """Mark running trials as failed when their process is gone; return how many.
 
     On this host the process itself is looked for; in a database also trials of other hosts are closed, when their
-    heartbeat has stopped. Trials of living processes are left alone.
+    heartbeat has stopped. A trial that nobody has signed within `GRACE_S` of its draw was left by a process that was
+    killed in between. Trials of living processes are left alone.
     """
     import optuna
 
@@ -188,12 +186,18 @@ def close_stale_trials(study: Study) -> int:
     before = study.get_trials(deepcopy=False, states=running)
     for trial in before:
         owner = trial.user_attrs.get(OWNER)
-        if owner is not None and not is_alive(owner):
+        if _was_left(trial) if owner is None else not is_alive(owner):
             _close(study, trial.number)
     with quiet_optuna():
         optuna.storages.fail_stale_trials(study)  # does nothing for a journal, which has no heartbeat
     left = {trial.number for trial in study.get_trials(deepcopy=False, states=running)}
     return len([trial for trial in before if trial.number not in left])
+
+
+def _was_left(trial: FrozenTrial) -> bool:
+    """Whether a running trial that nobody has signed is too old to be signed any more; one is, within milliseconds."""
+    drawn_at = trial.datetime_start  # Optuna's: local time, without a zone
+    return drawn_at is not None and (datetime.now() - drawn_at).total_seconds() > GRACE_S
 
 
 def _close(study: Study, number: int) -> None:
@@ -232,51 +236,6 @@ def make_sampler(seed: int, startup_trials: int) -> BaseSampler:
             return self.inner.sample_independent(study, trial, param_name, param_distribution)
 
     return Sampler()
-
-
-@contextmanager
-def claim(study: Study, name: str) -> Iterator[None]:
-    """Let one process at a time do what is called `name`; the others wait for it.
-
-    An empty study of that name, beside `study`, is the token: to create one is what every storage does for a single
-    process only. The claim of a process that is gone is taken over.
-    """
-    import optuna
-
-    storage = study._storage
-    while True:
-        try:
-            token = optuna.create_study(storage=storage, study_name=name)
-        except optuna.exceptions.DuplicatedStudyError:
-            if not _drop_stale_claim(storage, name):
-                time.sleep(CLAIM_POLL_S)
-        else:
-            break
-    token.set_user_attr(OWNER, identify_process())
-    try:
-        yield
-    finally:
-        with suppress(KeyError):  # taken over: this process was not heard of for too long
-            storage.delete_study(token._study_id)
-
-
-def _drop_stale_claim(storage: BaseStorage, name: str) -> bool:
-    """Remove a claim when its process is gone; return whether it may be tried for again at once."""
-    import optuna
-
-    try:
-        token = optuna.load_study(study_name=name, storage=storage)
-        owner, since = token.user_attrs.get(OWNER), token.user_attrs.get(SINCE)
-        if since is None:
-            token.set_user_attr(SINCE, time.time())  # by the clock of whoever waits
-            since = time.time()
-        unknown = owner is None or owner["host"] != socket.gethostname()
-        gone: bool = time.time() - since > CLAIM_LASTS_S if unknown else not is_alive(owner)
-        if gone:
-            storage.delete_study(token._study_id)  # this one, not one that somebody has made since
-    except KeyError:  # given back, or dropped by another process, just now
-        return True
-    return gone
 
 
 @contextmanager

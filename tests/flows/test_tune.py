@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from flows.core.search import Search
 from flows.core.tracking import open_tracker
 from flows.errors import ModelNotFoundError, ParamsError
-from flows.params import DataParams, EvaluateParams, TrainParams, TuneParams
+from flows.params import DataParams, EvaluateParams, ReleaseParams, TrainParams, TuneParams
 from flows.settings import load_settings
 from flows.tune import tune
 from tests.flows.support import mlflow_runs
@@ -158,6 +158,27 @@ def test_a_study_over_architectures_has_a_front_and_int8_trials_are_scored_in_in
     assert {row["precision"] for row in result.trials} == {"fp32", "int8"}
     taken = next(row for row in result.trials if row["taken"])
     assert taken["front"]
+
+
+def test_a_trial_is_scored_in_the_precision_that_it_is_priced_in(
+    data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, small_tune: TuneParams
+) -> None:
+    """The point of the front is one that a server delivers: int8 where a release would serve it, else fp32."""
+    priced = small_tune.model_copy(update={"costs": ["p95_ms"], "trials": 1})
+    lenient = {"int8_max_loss": 1.0, "int8_mean_cosine": 0.5, "int8_min_cosine": 0.1, "int8_min_speedup": 0.001}
+    found = {}
+    for changed in ({}, {"int8_mean_cosine": 1.0}):  # the second one is missed by any int8
+        release = ReleaseParams(**lenient | changed)
+        result = tune(data=data, train=small_train, evaluate=small_evaluate, tune=priced, release=release)
+        (row,) = result.trials
+        run = next(run for run in mlflow_runs() if run.info.run_id == row["run_id"])
+        assert run.data.tags["scored_in"] == row["precision"]
+        assert run.data.metrics["cost/p95_ms"] == row["p95_ms"]
+        assert result.best_params["precision"] == "auto"
+        found[row["precision"]] = (result.study, row["value"], run.data.metrics["dev/spearman"])
+    assert found.keys() == {"int8", "fp32"}
+    assert found["int8"][0] != found["fp32"][0]  # other limits, other values: another study
+    assert found["fp32"][1] == pytest.approx(found["fp32"][2])  # that of the evaluation of the winner, in fp32
 
 
 def test_base_models_that_cannot_be_had_are_left_out(

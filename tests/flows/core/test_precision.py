@@ -18,7 +18,7 @@ from bentos.vectors import cosine_pairs
 from flows.core.dataset import Part, prepare_dataset, read_data
 from flows.core.edge_texts import EDGE_TEXTS
 from flows.core.export import MODEL_FILE
-from flows.core.precision import INT8_FILE, MISSING_TEST, Int8Trial, find_failures, try_int8
+from flows.core.precision import INT8_FILE, MISSING_TEST, Int8Trial, find_failures, find_misses, try_int8
 from flows.core.retrieval import Retrieval
 from flows.params import DEFAULT_BASE_MODEL, DataParams, ReleaseParams
 from tests.factories import VARIANTS
@@ -107,6 +107,19 @@ def test_what_misses_a_limit_is_taken_away_and_the_reason_told(
     assert re.search(reason, section["reason"])
     assert not (box / INT8_FILE).exists()
     assert read_manifest(box).precisions == {"fp32": MODEL_FILE}
+
+
+def test_a_trial_is_asked_what_a_release_asks_but_for_speed(box: Path, pairs: pd.DataFrame) -> None:
+    section = attempt(box, LENIENT, Part(pairs))
+    manifest = read_manifest(box).model_copy(update={"precisions": {"fp32": MODEL_FILE, "int8": INT8_FILE}})
+
+    def misses(**changed: float) -> list[str]:
+        return find_misses(box, manifest, Int8Trial(LENIENT.model_copy(update=changed), Part(pairs)))
+
+    assert misses(int8_min_speedup=1e6) == []
+    (reason,) = misses(int8_mean_cosine=1.0)
+    assert reason.startswith(f"the mean cosine with fp32 is {section['mean_cosine']:.5f}, asked 1 ")
+    assert find_misses(box, manifest, Int8Trial(LENIENT, None)) == [MISSING_TEST]
 
 
 def test_without_test_rows_nothing_is_certified(box: Path) -> None:

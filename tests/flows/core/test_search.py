@@ -295,6 +295,56 @@ def test_a_failed_trial_is_recorded_and_does_not_count(tmp_path: Path) -> None:
     assert open_search(tmp_path / "journal.log", trials=2).resumed_trials == 0
 
 
+def test_what_would_fail_again_counts_as_tried_and_others_have_their_turn(tmp_path: Path) -> None:
+    search = open_search(tmp_path / "journal.log", trials=4)
+    first = search.next_candidate(AMPLE_S)
+    assert first is not None
+    search.fail(first, "training diverged", again=0)
+    second = search.next_candidate(AMPLE_S)
+    assert second is not None
+    assert second.params.model_copy(update={"max_minutes": BASE.max_minutes}) != BASE
+    search.report(second, float("nan"), seconds=1.0, run_id="x")
+    assert (search.finished_trials, search.broken_trials, search.remaining_trials) == (0, 2, 2)
+    with pytest.raises(EkibenError, match=r"2 failed and would fail again \(the last: its score is nan\): correct the"):
+        search.best()
+    third = search.next_candidate(AMPLE_S)
+    assert third is not None
+    search.report(third, 0.5, seconds=1.0, run_id="third")
+    assert search.best().run_id == "third"
+
+    again = open_search(tmp_path / "journal.log", trials=4)
+    assert len(run(again)) == 1
+    assert again.ended_by == "trials"
+    tried = [row for row in again.rows() if row["trial"] in (0, second.number)]
+    assert [row["state"] for row in tried] == ["fail", "fail"]
+
+
+def test_the_same_parameters_are_not_drawn_again_after_a_failure_for_good(tmp_path: Path) -> None:
+    space = SearchSpace(
+        base_model=["small"], learning_rate=FloatRange(low=2e-5, high=2e-5), steps=[30, 60], batch_size=[16],
+        max_tokens=[128],
+    )  # fmt: skip
+    search = open_search(tmp_path / "journal.log", space=space, trials=50)
+    handed_out = []
+    while (candidate := search.next_candidate(AMPLE_S)) is not None:
+        handed_out.append(candidate.params.steps)
+        search.fail(candidate, "training diverged", again=0)
+    assert handed_out == [60, 30]
+    assert search.ended_by == "exhausted"
+
+
+def test_what_ran_out_of_memory_is_tried_once_more(tmp_path: Path) -> None:
+    search = open_search(tmp_path / "journal.log", trials=9)
+    tried = []
+    for _ in range(3):
+        candidate = search.next_candidate(AMPLE_S)
+        assert candidate is not None
+        tried.append(candidate.params.model_copy(update={"max_minutes": BASE.max_minutes}) == BASE)
+        search.fail(candidate, "out of memory", again=1)
+    assert tried == [True, True, False]
+    assert search.broken_trials == 1
+
+
 def test_of_equal_scores_the_first_wins(tmp_path: Path) -> None:
     search = open_search(tmp_path / "journal.log", trials=3)
     while (candidate := search.next_candidate(AMPLE_S)) is not None:

@@ -18,7 +18,7 @@ from flows.params import FloatRange, SearchSpace, TrainParams, TuneParams
 SPACE = SearchSpace(
     base_model=["small"], layers=[None, 1, 2, 4], dimensions=[None, 64, 128], precision=["fp32", "int8"], steps=[30, 60]
 )
-BASE = TrainParams(base_model="small", steps=60)
+BASE = TrainParams(base_model="small", steps=60, precision="fp32")
 AMPLE_S = 1e6
 WHOLE_LAYERS, WHOLE_DIM = 8, 256
 
@@ -46,11 +46,18 @@ def quality(params: TrainParams) -> float:
 
 
 def open_search(
-    storage: Path, *, measure: Any = None, base: TrainParams = BASE, space: SearchSpace = SPACE, **changed: Any
+    storage: Path,
+    *,
+    measure: Any = None,
+    base: TrainParams = BASE,
+    space: SearchSpace = SPACE,
+    min_speedup: float = 1.0,
+    **changed: Any,
 ) -> Search:
     params = TuneParams(**{"trials": 12, "space": space, **changed})
     name = study_name(space, ["spearman", *params.costs], "d" * 32, base)
-    return Search(storage, name=name, base=base, params=params, measure=measure or Scales())
+    measure = measure or Scales()
+    return Search(storage, name=name, base=base, params=params, measure=measure, min_speedup=min_speedup)
 
 
 def finish(search: Search, candidate: Candidate, value: float | None = None) -> None:
@@ -104,7 +111,8 @@ def test_an_architecture_is_measured_once_in_a_study_and_its_trials_cost_the_sam
     narrow = {"layers": [None, 2], "dimensions": [None], "precision": ["auto"], "max_tokens": [128]}
     space = SPACE.model_copy(update=narrow)
     run(open_search(tmp_path / "journal.log", measure=scales, space=space, trials=8))
-    assert sorted(scales.asked, key=str) == [(2, None, 128, "auto"), (None, None, 128, "auto")]
+    assert len(scales.asked) == 4  # `auto` in both precisions
+    assert set(scales.asked) == {(layers, None, 128, name) for layers in (2, None) for name in ("fp32", "int8")}
 
     class Other(Scales):
         def __call__(self, params: TrainParams) -> dict[str, float]:
@@ -323,7 +331,7 @@ def test_trials_that_were_given_up_count_so_a_study_comes_to_its_end(tmp_path: P
 def test_what_was_given_up_is_not_tried_again(tmp_path: Path) -> None:
     space = SearchSpace(
         base_model=["small"], learning_rate=FloatRange(low=2e-5, high=2e-5), steps=[30, 60], batch_size=[16],
-        max_tokens=[128],
+        max_tokens=[128], precision=["fp32"],
     )  # fmt: skip
     search = open_search(tmp_path / "journal.log", space=space, trials=50)
     handed_out = []
@@ -340,3 +348,63 @@ def test_a_score_of_a_check_that_is_no_number_decides_nothing(tmp_path: Path) ->
     candidate = check_all(search, float("nan"))
     finish(search, candidate)
     assert search._study.trials[0].state == TrialState.COMPLETE
+
+
+AUTO = BASE.model_copy(update={"precision": "auto"})
+
+
+def first_of(search: Search) -> Candidate:
+    candidate = search.next_candidate(AMPLE_S)
+    assert candidate is not None
+    return candidate
+
+
+def test_auto_costs_what_would_be_served_and_a_trial_that_misses_int8_costs_what_fp32_does(tmp_path: Path) -> None:
+    search = open_search(tmp_path / "journal.log", base=AUTO, min_speedup=1.1)
+    first = first_of(search)
+    assert (first.precision, first.costs["p95_ms"]) == ("int8", WHOLE_LAYERS / 2)
+    finish(search, search.reprice(first, "fp32"), 0.8)
+    row = search.rows()[0]
+    assert (row["precision"], row["p95_ms"], row["value"]) == ("fp32", WHOLE_LAYERS, 0.8)
+    assert search.front()[0].costs == (WHOLE_LAYERS, 4.0 * WHOLE_DIM)
+    assert search.best().costs["p95_ms"] == WHOLE_LAYERS
+    assert search.best().params == AUTO  # a release decides it anew
+
+
+def test_auto_is_fp32_where_int8_is_no_faster_or_cannot_be_made(tmp_path: Path) -> None:
+    slow = first_of(open_search(tmp_path / "slow.log", base=AUTO, min_speedup=2.1))
+    assert (slow.precision, slow.costs["p95_ms"]) == ("fp32", WHOLE_LAYERS)
+
+    class OnlyFp32(Scales):
+        def __call__(self, params: TrainParams) -> dict[str, float]:
+            if params.precision == "int8":
+                raise UnsupportedModelError("nothing to quantize")
+            return super().__call__(params)
+
+    only = first_of(open_search(tmp_path / "only.log", base=AUTO, measure=OnlyFp32()))
+    assert (only.precision, only.costs["p95_ms"]) == ("fp32", WHOLE_LAYERS)
+
+
+def test_where_no_cost_hangs_on_the_precision_auto_stays_auto(tmp_path: Path) -> None:
+    scales = Scales()
+    first = first_of(open_search(tmp_path / "journal.log", base=AUTO, measure=scales, costs=["bytes_per_vector"]))
+    assert first.precision == "auto"
+    assert [asked[-1] for asked in scales.asked] == ["auto"]
+
+
+def test_a_trial_whose_fp32_is_over_the_limit_is_not_taken(tmp_path: Path) -> None:
+    search = open_search(tmp_path / "journal.log", base=AUTO, max_p95_ms=5.0)
+    first = first_of(search)
+    finish(search, search.reprice(first, "fp32"), 0.99)
+    assert search.finished() == []
+    with pytest.raises(ParamsError, match=r"p95_ms 8, allowed 5"):
+        search.best()
+
+
+def test_a_limit_on_what_was_never_measured_is_not_kept(tmp_path: Path) -> None:
+    run(open_search(tmp_path / "journal.log", costs=[], measure=lambda params: {}, trials=2))
+    limited = open_search(tmp_path / "journal.log", costs=[], max_bytes_per_vector=1, trials=2)
+    assert limited.resumed_trials == 2
+    assert limited.best_or_none() is None
+    with pytest.raises(ParamsError, match=r"bytes_per_vector was never measured, allowed 1; name it in tune\.costs"):
+        limited.best()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
+from flows.core import studies
+from flows.core.claims import CLAIM_LASTS_S, _drop_stale_claim, claim
 from flows.core.studies import (
-    CLAIM_LASTS_S,
     GRACE_S,
     OWNER,
-    _drop_stale_claim,
-    claim,
     close_stale_trials,
     heartbeat,
     make_sampler,
@@ -173,6 +173,26 @@ def test_in_a_database_a_trial_of_another_host_is_closed_when_its_heartbeat_stop
     assert close_stale_trials(study) == 1
 
 
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_a_trial_of_a_process_that_was_killed_before_it_signed_is_closed_in_time(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage: Any = tmp_path / "journal.log" if kind == "journal" else f"sqlite:///{tmp_path}/studies.db"
+    study = open_study(storage, name="one")
+    with quiet_optuna():
+        study.ask()
+    assert close_stale_trials(study) == 0  # it may be signed in a moment
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=GRACE_S + 60)
+
+    monkeypatch.setattr(studies, "datetime", Later)
+    assert close_stale_trials(study) == 1
+    assert study.trials[0].state == TrialState.FAIL
+
+
 def test_a_signed_trial_is_of_this_process(tmp_path: Path) -> None:
     study = open_study(tmp_path / "journal.log", name="one")
     sign_trial(study.ask())
@@ -229,6 +249,15 @@ def test_a_claim_is_held_by_one_at_a_time_and_given_back(tmp_path: Path, kind: s
         thread.join(60)
     assert (len(done), most) == (2, 1)
     assert optuna.get_all_study_names(studies[0]._storage) == ["one"]  # nothing is left behind
+
+
+def test_whoever_does_not_wait_for_a_claim_is_told_that_it_is_held(tmp_path: Path) -> None:
+    study = open_study(tmp_path / "journal.log", name="one")
+    with claim(study, "one: work") as first, claim(study, "one: work", wait=False) as second:
+        assert (first, second) == (True, False)
+    with claim(study, "one: work", wait=False) as third:
+        assert third
+    assert optuna.get_all_study_names(study._storage) == ["one"]
 
 
 def test_a_claim_is_given_back_by_an_error_and_taken_over_from_a_process_that_is_gone(tmp_path: Path) -> None:
