@@ -6,9 +6,9 @@ EkibenError                  one line for the user: found, allowed, cure
 │   ├── ParamsError          parameters or settings
 │   │   └── DivergedError    a fit whose loss is no number any more
 │   ├── ModelNotFoundError   a base model that cannot be had on this machine
-│   ├── UnsupportedModelError  a model with parts that a lunchbox cannot hold
+│   ├── UnsupportedModelError  a model with parts that a lunchbox cannot hold; a release refuses it, exit code 3
 │   └── NothingReleasedError a version that does not exist (yet)
-├── SmokeTestError           exit code 1: the built Bento did not answer as it must
+├── SmokeTestError           exit code 1: the built Bento did not answer as it must; a release refuses it, exit code 3
 ├── ReleaseRefusedError      exit code 3: a gate said no; nothing was changed
 │   └── CertificationError   the exported model does not equal the trained one
 └── ReleaseRaceError         exit code 4: another release is at work, or was quicker; nothing was changed
@@ -86,5 +86,6 @@ def one_line(error: BaseException) -> str:
 
 
 def hide_password(text: str) -> str:
-    """Replace `user:password@` in every address in `text` by `***@`."""
-    return re.sub(r"://[^@/\s]*@", "://***@", text)
+    """Replace `user:password@` in every address in `text` by `***@`, and the value of `?password=` by `***`."""
+    text = re.sub(r"://[^/\s]*@", "://***@", text)
+    return re.sub(r"([?&](?:password|passwd|pwd|token)=)[^&\s'\"]*", r"\1***", text, flags=re.IGNORECASE)

@@ -44,11 +44,14 @@ STEPS = (
     "flows.release:carry_out",
     "flows.release:finish_card",
     "flows.release:install",
+    "flows.release:keep_again",
     "flows.release:keep_release",
     "flows.release:measure_bentos",
     "flows.release:pack_lunchbox",
+    "flows.release:put_back",
     "flows.release:stage_bento",
     "flows.rollback:carry_out",
+    "flows.rollback:put_back",
 )
 PRELOADED = ("tests.flows.killing", "flows.release", "flows.rollback", "flows.train", "bentoml", "mlflow", "torch")
 QUICK = {"p95_ms": 5.0, "texts_per_s": 500.0, "start_s": 4.0, "memory_mb": 200.0, "bytes_per_vector": 128.0}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from bentos.aliases import read_aliases
-from bentos.manifest import read_manifest, sha256_file
+from bentos.manifest import Manifest, read_manifest, sha256_file
 from flows.core.boxes import check_box
 from flows.core.history import read_history
 from flows.core.measuring import Measured, Serving, measure_bentos
-from flows.core.packing import bento_exists, is_stored
+from flows.core.packing import bento_exists, is_stored, stage_bento
 from flows.core.release_lock import list_holders
 from flows.core.tracking import Tracker, open_tracker
 from flows.core.verdicts import Report
@@ -230,8 +230,15 @@ def test_a_released_version_is_released_again_with_the_files_that_it_had(
     before = files()
     tags = tracker.version("1").tags
 
-    # A version that was champion before meets the champion of now.
-    again = release(run="1", release=any_gain)
+    # A version that was champion before meets the champion of now, even if that one cannot be served beside it.
+    def fail_for_the_rival(box: Path, manifest: Manifest, *, root: Path, home: Path) -> str:
+        if manifest.version == "2":
+            raise shutil.Error([("one", "two", "Input/output error")])
+        return stage_bento(box, manifest, root=root, home=home)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.release.stage_bento", fail_for_the_rival)
+        again = release(run="1", release=any_gain)
     assert (again.replaces, again.unchanged, again.metrics["serve/p95_ms"]) == ("2", False, 5.0)
     assert again.compat in ("identical", "compatible", "adapter", "breaking")
     assert files() == before

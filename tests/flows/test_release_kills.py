@@ -11,7 +11,7 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 
 from bentos.aliases import read_aliases
 from bentos.lunchbox import open_lunchbox
-from bentos.manifest import read_manifest
+from bentos.manifest import read_manifest, sha256_file
 from flows.core.boxes import check_box, find_box
 from flows.core.history import read_history, was_done
 from flows.core.packing import hash_manifest
@@ -35,10 +35,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(3600)]
 VOLATILE_TAGS = {"promoted_at", "manifest_sha256"}  # times and what was measured
 LENIENT = {"min_gain": -2, "champion_margin": -2, "slice_max_drop": 2, "max_calibration_error": 1, "max_slowdown": 1e6}
 RELEASE = json.dumps({"run": "2", "release": LENIENT | {"precision": "fp32"}})
+AGAIN = json.dumps({"run": "1", "release": LENIENT | {"int8_max_loss": 0.5, "int8_min_speedup": 0.01}})
 CHALLENGER = json.dumps({"run": "2", "release": LENIENT | {"precision": "fp32", "alias": "challenger"}})
 ROLLBACK = json.dumps({"reason": "a test"})
 PACKED = "attach_compat"  # the first step after the lunchbox is packed
-OUTER = ("carry_out", "keep_release", "install", "stage_bento", "store_model", "pack_lunchbox")  # have steps inside
+OUTER = (  # have steps inside
+    "carry_out",
+    "keep_again",
+    "keep_release",
+    "install",
+    "pack_lunchbox",
+    "put_back",
+    "stage_bento",
+    "store_model",
+)
 
 
 @dataclass
@@ -196,7 +206,14 @@ def champion_loads(world: World, *allowed: str) -> str:
 
 
 def kill_everywhere(
-    world: World, state: str, flow: str, arguments: str, allowed: tuple[str, ...], *, later: str = ""
+    world: World,
+    state: str,
+    flow: str,
+    arguments: str,
+    allowed: tuple[str, ...],
+    *,
+    later: str = "",
+    kept: Mapping[str, str] | None = None,
 ) -> int:
     """Kill the flow before and after each of its steps, give it again each time, and compare the ends.
 
@@ -207,6 +224,7 @@ def kill_everywhere(
         arguments: Of the flow.
         allowed: Versions that may be champion in between; the last one is it at the end.
         later: State that the steps from `PACKED` on are tried from, as it leads to the same steps without the export.
+        kept: What `read_files` of the new champion says all the time.
 
     Returns:
         How many steps there were.
@@ -232,9 +250,11 @@ def kill_everywhere(
         where = f"killed {'after' if after else 'before'} {step}"
         assert run(drive) == -signal.SIGKILL, (where, drive.log.read_text())
         champion_loads(world, *allowed)
+        assert kept is None or read_files(world, allowed[-1]) == kept, where
         world.finish(flow, arguments)
         assert look(world) == end, where
         champion_loads(world, allowed[-1])
+        assert kept is None or read_files(world, allowed[-1]) == kept, where
     return len(steps)
 
 
@@ -270,6 +290,27 @@ def test_a_challenger_becomes_champion_without_a_touch_to_what_servers_have_seen
     assert [act.kind for act in read_history(tracker)] == ["release", "challenger", "release"]
     end = world.ends["release"]
     assert look(world) | {"history": end["history"]} == end
+
+
+@pytest.mark.heavy
+def test_a_released_version_that_is_released_again_keeps_every_file_wherever_it_is_killed(world: World) -> None:
+    """By other parameters, and beside another champion than the first time."""
+    world.reset("two released")
+    before = read_files(world, "1")
+    assert len(before) > 10
+    steps = kill_everywhere(world, "two released", "flows.release:release", AGAIN, ("2", "1"), kept=before)
+    assert steps > 10
+
+
+def read_files(world: World, version: str) -> dict[str, str]:
+    """Every file of a version's box, in the home folder, the model store and the run -> its hash."""
+    release = world.tracker.version(version)
+    name = f"{version}-{release.run_id[:8]}"
+    run = world.tracker._client.get_run(release.run_id).info.artifact_uri.removeprefix("file://")
+    places = (world.home / "lunchboxes" / name, world.bento_home / "models" / "ekiben-model" / name)
+    return {
+        str(path): sha256_file(path) for place in (*places, Path(run) / "lunchbox") for path in sorted(place.iterdir())
+    }
 
 
 @pytest.mark.heavy

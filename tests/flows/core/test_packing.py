@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from flows.core.packing import (
     is_stored,
     model_tag,
     point_latest,
+    put_back,
     stage_bento,
     store_model,
     stored_path,
@@ -142,6 +144,26 @@ def test_a_build_without_its_model_says_so(box: Path) -> None:
     manifest = read_manifest(box)
     with pytest.raises(EkibenError, match=model_tag(manifest)):
         build_bento(manifest, root=ROOT)
+
+
+def test_a_build_that_does_not_end_is_told_in_one_line(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(box)
+    store_model(box, manifest)
+    monkeypatch.setattr("flows.core.packing.BUILD_TIMEOUT_S", 0.1)
+    with pytest.raises(EkibenError, match=rf"`bentoml build` of {manifest.tag} did not end within 0\.1 s"):
+        build_bento(manifest, root=ROOT)
+    assert not bento_exists(manifest.tag)
+
+
+def test_what_the_stores_have_lost_is_put_back_from_the_box(
+    home: Path, built: Manifest, tiny_lunchbox_path: Path, tmp_path: Path
+) -> None:
+    assert not put_back(tiny_lunchbox_path, built, root=ROOT, staging=tmp_path / "staging")
+    assert not (tmp_path / "staging").exists()
+    shutil.rmtree(stored_folder(home, built))
+    assert put_back(tiny_lunchbox_path, built, root=ROOT, staging=tmp_path / "staging")
+    assert is_stored(built)
+    assert hash_manifest(stored_folder(home, built)) == hash_manifest(tiny_lunchbox_path)
 
 
 def test_what_is_staged_is_nowhere_else_until_it_is_installed(home: Path, box: Path, tmp_path: Path) -> None:
