@@ -26,6 +26,7 @@ from flows.core.evidence import DATA_TIME_TAG, LEAK_METRIC
 from flows.core.heldout import CALIBRATION_FILE, EVALUATION_FOLDER, keep_test
 from flows.core.leaks import find_leaked_share
 from flows.core.models import load_base_model, load_saved_model
+from flows.core.nearness import nearness_metrics
 from flows.core.plots import write_plots
 from flows.core.processes import identify_process, is_alive
 from flows.core.provenance import git_commit, lock_sha256
@@ -47,7 +48,6 @@ OWN_TEXTS_FILE = "own_texts.json"
 OWN_TEXTS = 32  # texts of the test set that join the edge texts in a certificate
 PROCESS_TAG = "process"
 ANCHOR_TAG = "anchor"
-ANCHOR_METRIC = "anchor/same_text_cosine"
 LOSS_METRIC = "train/loss"
 DISTILL_METRIC = "train/distill_loss"
 ANCHOR_TEXTS = 2000  # of dev, by whose vectors the distance to the champion is told
@@ -118,17 +118,29 @@ def score_dev(part: Part, result: Fit, evaluate: EvaluateParams, metric: str) ->
 
 @task(cache_policy=NO_CACHE)
 def measure_anchor(
-    tracker: Tracker, run_id: str, part: Part, result: Fit, anchor: Anchor | None, evaluate: EvaluateParams
-) -> None:
-    """Log how near a candidate is to the champion that it was to stay near, on dev: the other half of that trade."""
+    tracker: Tracker,
+    run_id: str,
+    part: Part,
+    result: Fit,
+    anchor: Anchor | None,
+    evaluate: EvaluateParams,
+    *,
+    weight: float,
+) -> dict[str, float]:
+    """Log how near a candidate is to the champion that it was to stay near, on dev, and return that.
+
+    It is the other half of a trade: `weight` (`train.anchor_weight`) costs quality, which stands beside it.
+    """
     if anchor is None:
-        return
+        return {}
     queries = part.retrieval.queries.values() if part.retrieval else ()
     texts = list(dict.fromkeys([*part.pairs["text_a"], *part.pairs["text_b"], *queries]))[:ANCHOR_TEXTS]
     cosine = same_text_cosine(texts, make_encode(result.model, evaluate.batch_size), anchor)
-    tracker.log_metrics(run_id, {ANCHOR_METRIC: cosine})
+    metrics = nearness_metrics(cosine, weight=weight, version=anchor.version)
+    tracker.log_metrics(run_id, metrics)
     tracker.set_tags(run_id, {ANCHOR_TAG: anchor.tag})
     say(f"[fit] mean cosine of a text's new vector with that of {anchor.tag}: {cosine:.4f}")
+    return metrics
 
 
 @task(cache_policy=NO_CACHE)

@@ -64,7 +64,7 @@ def train(
     with tracked_run(tracker, "train", dataset, params, tags={"primary_metric": metric}) as run_id:
         result = fit(dataset.train, train, "train", anchor=anchor)
         path = keep_fit(tracker, run_id, result, settings)
-        measure_anchor(tracker, run_id, dataset.dev, result, anchor, evaluate)
+        near = measure_anchor(tracker, run_id, dataset.dev, result, anchor, evaluate, weight=train.anchor_weight)
         evaluation = evaluate_candidate(dataset, path, train.base_model, evaluate)
         version = record(tracker, run_id, dataset, path, evaluation)
-    return TrainResult.of(run_id, version, metric, evaluation.flat_metrics())
+    return TrainResult.of(run_id, version, metric, evaluation.flat_metrics() | near)

@@ -37,6 +37,7 @@ class Anchor:
         self._engine = Engine(box, manifest, precision="fp32")
         self._prompt = manifest.prompts.get(manifest.default_prompt or "", "")
         self.tag = manifest.tag
+        self.version = manifest.version
         self.dim = manifest.dim
         self.nested_dims = tuple(manifest.nested_dims)
 

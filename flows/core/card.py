@@ -15,6 +15,7 @@ import yaml
 
 from bentos.manifest import Manifest
 from flows.core.models import resolve_base_model
+from flows.core.nearness import describe_nearness
 from flows.core.relations import render_compat
 from flows.core.verdicts import Report
 from flows.errors import ModelNotFoundError
@@ -136,6 +137,9 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
             f"Gain in {gain.removeprefix('gain/')}: {metrics[gain]:+.4f}, bootstrap interval "
             f"{metrics['gain/low']:+.4f} to {metrics['gain/high']:+.4f}."
         )
+    if near := describe_nearness(metrics):
+        yield ""
+        yield f"It was {near}. That keeps old indexes of use, and costs quality that the labels would have brought."
 
 
 def _scores(manifest: Manifest) -> list[str]:

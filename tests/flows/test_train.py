@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from flows.core.compat import PROBE_FILE
 from flows.core.heldout import TEST_RETRIEVAL_FILE, read_test
 from flows.core.lineage import trace_version
+from flows.core.nearness import describe_nearness
 from flows.core.probes import read_probe
 from flows.core.processes import identify_process
 from flows.core.recorded import VECTORS_FILE, read_json, read_recorded
@@ -92,14 +93,19 @@ def test_a_retrain_stays_near_the_champion_and_says_how_near(
     make_tiny_lunchbox(box, version=first.version, run_id=first.run_id, seed=3)
     tracker._client.set_registered_model_alias(settings.model_name, "champion", first.version)
 
-    runs = [
-        tracker.find_run(train(data=data, train=params, evaluate=small_evaluate).run_id)
+    results = [
+        train(data=data, train=params, evaluate=small_evaluate)
         for params in (anchored, anchored.model_copy(update={"anchor_weight": 0.01}))
     ]
+    runs = [tracker.find_run(result.run_id) for result in results]
 
     assert [run.tags["anchor"] for run in runs] == [f"ekiben:{tag}"] * 2
     near, far = (run.metrics["anchor/same_text_cosine"] for run in runs)
     assert far < near <= 1
+    assert describe_nearness(results[1].metrics) == (
+        f"kept near version {first.version}: same-text cosine {far:.4f} on dev, weight 0.01 (train.anchor_weight)"
+    )
+    assert describe_nearness(results[1].metrics) == describe_nearness(runs[1].metrics)
     state = train(
         data=data,
         train=anchored.model_copy(update={"dimensions": 16}),

@@ -115,7 +115,9 @@ def test_a_broken_box_is_packed_anew_in_the_same_space(box: Path, tiny_model_pat
     gain = Comparison("spearman", 0.84, 0.82, Interval(0.02, 0.01, 0.03), 100, 0.95)
     evidence = Evidence(ReleaseParams(), FACTS.metrics, versus_base=gain)
     report = run_gates(evidence, candidate="ekiben:1-01234567")
-    new = pack_lunchbox(tiny_model_path, box, dataclasses.replace(FACTS, report=report), min_cosine=0.9999)
+    near = {"anchor/same_text_cosine": 0.98124, "anchor/weight": 1.0, "anchor/version": 12.0}
+    facts = dataclasses.replace(FACTS, report=report, metrics={**FACTS.metrics, **near})
+    new = pack_lunchbox(tiny_model_path, box, facts, min_cosine=0.9999)
     verify_files(box, read_manifest(box))
     assert new.space_id == old.space_id
     assert new.files["model.fp32.onnx"] == old.files["model.fp32.onnx"]
@@ -125,7 +127,7 @@ def test_a_broken_box_is_packed_anew_in_the_same_space(box: Path, tiny_model_pat
     for fact in (
         "ekiben:1-01234567", "| spearman | 0.8200 | 0.8400 | +0.0200 |", "+0.0100 to +0.0300", "data/pairs.csv", "`v7`",
         FACTS.data.md5, str(FACTS.git_commit), new.space_id, "train.learning_rate", "0.4321", "smallest cosine",
-        "| quality | passed |",
+        "| quality | passed |", "It was kept near version 12: same-text cosine 0.9812 on dev, weight 1 (",
     ):  # fmt: skip
         assert fact in card
     assert json.loads((box / "certificate.json").read_text())["thresholds"]["min_cosine"] == 0.9999
