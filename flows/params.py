@@ -195,7 +195,10 @@ class SearchSpace(Section):
     layers: list[int | None] = Field(default=[None], min_length=1, description="Transformer layers kept; null: all.")
     dimensions: list[int | None] = Field(default=[None], min_length=1, description="Dimensions of a vector; null: all.")
     precision: list[Literal["auto", "fp32", "int8"]] = Field(
-        default=["auto"], min_length=1, description="Precisions; `auto` costs what int8 costs."
+        default=["auto"],
+        min_length=1,
+        description="Precisions. Where a cost hangs on it, `auto` is priced and scored as it would be served here: in "
+        "int8 when that is faster and keeps the limits of a release on dev, else in fp32.",
     )
 
     @model_validator(mode="after")
@@ -214,7 +217,11 @@ class TuneParams(Section):
     """The budget and the space of the study."""
 
     trials: int = Field(
-        6, ge=1, le=10_000, description="Trials, finished or given up as hopeless, at which the study ends."
+        6,
+        ge=1,
+        le=10_000,
+        description="Trials at which the study ends: finished, given up as hopeless, or failed in a way that would "
+        "come again (a training that diverges).",
     )
     minutes: float = Field(
         4.0,
@@ -231,12 +238,15 @@ class TuneParams(Section):
     costs: list[CostName] = Field(
         default=["p95_ms", "bytes_per_vector"],
         description="Costs that are minimised beside the dev metric, measured on the exported model on this machine "
-        "before it is trained: `p95_ms`, milliseconds of one core for a text of dev alone, 95th percentile; "
+        "before it is trained: `p95_ms`, milliseconds of processor time of one core for one text alone, 95th "
+        "percentile over dev texts of all lengths (not the wall clock of a request, as `release.max_p95_ms`); "
         "`bytes_per_vector` (float32); `memory_mb`, MiB of a process with model and runtime. `[]`: quality alone, "
         "nothing is measured.",
     )
     max_p95_ms: float | None = Field(
-        None, gt=0, description="Limit of cost: a slower model is infeasible, so it is never trained."
+        None,
+        gt=0,
+        description="Limit of cost, of `p95_ms` as in `costs`: a slower model is infeasible, so it is never trained.",
     )
     max_bytes_per_vector: int | None = Field(
         None, gt=0, description="Limit of cost: a model with larger vectors is infeasible."
@@ -339,8 +349,8 @@ class ReleaseParams(Section):
         gt=0,
         le=1,
         description="Recall@10 of new queries on old vectors, where the old model's own queries find all, at least: as "
-        "they are for `compatible` (there also where every other document is a new vector), mapped for `adapter`; after a "
-        "rollback of old queries on new vectors. A model that was trained further and rebuilt its index finds "
+        "they are for `compatible` (there also where every other document is a new vector), mapped for `adapter`; "
+        "after a rollback of old queries on new vectors. A model that was trained further and rebuilt its index finds "
         "80 to 90 % of what it found before.",
     )
     compat_min_ndcg: float = Field(
