@@ -78,7 +78,7 @@ def read_aliases(home: Path, model_name: str) -> dict[str, Pointer]:
 def write_alias(home: Path, model_name: str, alias: str, pointer: Pointer | None) -> None:
     """Let `alias` name a version, or nothing (None); the other aliases stay. The file is replaced at once, whole.
 
-    A file that cannot be understood is written anew, with this alias alone: it helps nobody, and the registry knows all.
+    A file that cannot be understood is written anew, with this alias alone: it helps nobody, the registry knows all.
 
     Raises:
         OSError: when it cannot be written.

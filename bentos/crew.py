@@ -101,9 +101,7 @@ class Report(BaseModel):
 
     model_config = STATE
 
-    worker: str
     pid: int
-    serial: int = Field(description="Of the plan that it has carried out, or tried to.")
     live: str | None = None
     holdings: dict[str, Holding] = Field(default_factory=dict, description="By tag.")
     failures: dict[str, Failure] = Field(default_factory=dict, description="By tag.")

@@ -104,14 +104,6 @@ class EmbeddingService:
         if SERVICE.tracing is not None:
             await asyncio.to_thread(SERVICE.tracing.close)
 
-    def get_encoder(self) -> Encoder:
-        """The model that is served.
-
-        Raises:
-            NotReadyError: when none is loaded.
-        """
-        return self.shelf.live
-
     @property
     def encoder(self) -> Encoder | None:
         """The model that is served, if there is one."""

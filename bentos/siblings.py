@@ -45,8 +45,9 @@ def open_server_folder(prefix: str) -> Path | None:
     """
     if (server := name_process(os.getppid())) is None:
         return None
-    folder = Path(tempfile.gettempdir(), f"{prefix}{server}")
     try:
+        prefix = f"{prefix}{Path('/proc/self/ns/pid').stat().st_ino}-"  # other containers may use this folder, too
+        folder = Path(tempfile.gettempdir(), f"{prefix}{server}")
         folder.mkdir(mode=0o700, exist_ok=True)
         mine = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
     except OSError:

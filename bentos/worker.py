@@ -58,7 +58,7 @@ class Worker:
                         self._done = plan.serial
                     if plan.live is None:
                         self._retry_at = time.monotonic() + RETRY_S
-                    self._report(plan)
+                    self._report()
                     return
 
     def _make_plan(self, choose_first: ChooseFirst) -> None:
@@ -133,9 +133,9 @@ class Worker:
             await self._prepare(plan)
             self._show(plan)
             self._done = plan.serial
-            self._report(plan)
+            self._report()
         elif now >= self._report_at or self._roles() != self._reported:
-            self._report(plan)
+            self._report()
 
     def _forget_orphan(self, plan: Plan) -> Plan:
         """The plan without a version that is to come for a worker that has died."""
@@ -190,7 +190,7 @@ class Worker:
     def _roles(self) -> list[tuple[str, str]]:
         return [(copy.tag, copy.role) for copy in self._shelf.copies()]
 
-    def _report(self, plan: Plan) -> None:
+    def _report(self) -> None:
         """Tell the other workers, and the metrics, what is here."""
         self._report_at = time.monotonic() + REPORT_EVERY_S
         self._reported = self._roles()
@@ -208,9 +208,7 @@ class Worker:
         live = next((copy.tag for copy in copies if copy.role == "live"), None)
         self._crew.report(
             Report(
-                worker=self._crew.me,
                 pid=self._crew.pid,
-                serial=plan.serial,
                 live=live,
                 holdings=holdings,
                 failures=self._failures,

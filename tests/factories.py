@@ -134,6 +134,25 @@ def make_tiny_model(
     return folder
 
 
+# What BentoML keeps beside a model; `version` is the only thing that differs.
+MODEL_YAML = """\
+name: ekiben-model
+version: {version}
+module: ''
+labels: {{}}
+options: {{}}
+metadata: {{}}
+context:
+  framework_name: ''
+  framework_versions: {{}}
+  bentoml_version: 1.4.39
+  python_version: 3.11.7
+signatures: {{}}
+api_version: v1
+creation_time: '2026-11-23T00:00:00+00:00'
+"""
+
+
 def make_tiny_lunchbox(
     folder: Path, *, model_path: Path | None = None, version: str = "1", run_id: str = TINY_RUN_ID, **model: Any
 ) -> Path:

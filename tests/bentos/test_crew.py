@@ -63,7 +63,7 @@ def test_reports_are_those_of_the_living(tmp_path: Path) -> None:
         assert name is not None
         ours, theirs = Crew(tmp_path), Crew(tmp_path, me=name)
         for crew in (ours, theirs):
-            crew.report(Report(worker=crew.me, pid=crew.pid, serial=0))
+            crew.report(Report(pid=crew.pid))
         assert {report.pid for report in ours.reports()} == {ours.pid, child.pid}
         assert ours.is_alive(name)
         child.kill()
@@ -77,12 +77,12 @@ def test_reports_are_those_of_the_living(tmp_path: Path) -> None:
 
 def test_a_report_that_says_nothing_new_is_not_written_again(tmp_path: Path) -> None:
     crew = Crew(tmp_path)
-    crew.report(Report(worker=crew.me, pid=crew.pid, serial=0))
+    crew.report(Report(pid=crew.pid))
     (path,) = tmp_path.glob("worker-*.json")
     before = path.stat()
-    crew.report(Report(worker=crew.me, pid=crew.pid, serial=0))
+    crew.report(Report(pid=crew.pid))
     assert path.stat().st_ino == before.st_ino
-    crew.report(Report(worker=crew.me, pid=crew.pid, serial=1))
+    crew.report(Report(pid=crew.pid, live="ekiben:1-01234567"))
     assert path.stat().st_ino != before.st_ino
 
 

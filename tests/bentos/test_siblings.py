@@ -49,19 +49,22 @@ def test_the_workers_of_a_server_share_a_folder_and_sweep_those_of_the_dead(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    other = tmp_path / f"test-{name_process(child.pid)}"
-    dead, strange = tmp_path / "test-1-1", tmp_path / "another-1-1"
-    for folder in (other, dead, strange):
+    here = Path("/proc/self/ns/pid").stat().st_ino
+    other = tmp_path / f"test-{here}-{name_process(child.pid)}"
+    dead, strange, elsewhere = (tmp_path / name for name in (f"test-{here}-1-1", "another-1-1", "test-7-1-1"))
+    for folder in (other, dead, strange, elsewhere):
         folder.mkdir()
         (folder / "file").touch()
     folder = open_server_folder("test-")
-    assert folder == open_server_folder("test-") == tmp_path / f"test-{name_process(os.getppid())}"
+    assert folder == open_server_folder("test-") == tmp_path / f"test-{here}-{name_process(os.getppid())}"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (other.exists(), dead.exists(), strange.exists()) == (True, False, True)
+    assert elsewhere.exists(), "another container's processes cannot be seen from here"
 
 
 def test_a_folder_that_somebody_else_put_there_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / f"test-{name_process(os.getppid())}").symlink_to(tmp_path / "elsewhere")
+    here = Path("/proc/self/ns/pid").stat().st_ino
+    (tmp_path / f"test-{here}-{name_process(os.getppid())}").symlink_to(tmp_path / "elsewhere")
     assert open_server_folder("test-") is None

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from bentos.manifest import CANARY_FILE, MANIFEST_FILE, Manifest, read_manifest, sha256_file
-from tests.bentos.test_swap import Served, open_server
+from tests.bentos.served import Served, open_server
 from tests.bentos.traffic import Traffic
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_a_broken_version_is_refused_and_the_one_before_goes_on(
     pointer_at_two = read_manifest(box)
     try:
         spoil(box)
-        with Traffic(served.server.url, TEXTS, connections=4) as traffic:
+        with Traffic(served.server.url, TEXTS, connections=4, models=(None, "champion")) as traffic:
             write_pointer(served, pointer_at_two)
             info = served.wait(lambda info: any(each["model"] == two for each in info["refused"]))
             time.sleep(1)

@@ -81,10 +81,19 @@ class _Connection(asyncio.Protocol):
 class Traffic:
     """Sends `texts` again and again, each by its number, while the block lasts."""
 
-    def __init__(self, url: str, texts: Sequence[str], *, connections: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        texts: Sequence[str],
+        *,
+        connections: int = 32,
+        seed: int = 0,
+        models: Sequence[str | None] = (None,),
+    ) -> None:
+        """Prepare to send; `models` are what requests name, in turn."""
         self.shots: list[Shot] = []
         self._port = int(url.rpartition(":")[2])
-        self._requests = [_render(text) for text in texts]
+        self._requests = [_render(text, models[number % len(models)]) for number, text in enumerate(texts)]
         self._connections = connections
         self._order = np.random.default_rng(seed).permutation(len(texts)).tolist()
         self._next = 0
@@ -131,8 +140,8 @@ class Traffic:
             connection.transport.close()
 
 
-def _render(text: str) -> bytes:
-    body = orjson.dumps({"texts": [text], "encoding": "base64"})
+def _render(text: str, model: str | None) -> bytes:
+    body = orjson.dumps({"texts": [text], "encoding": "base64", **({"model": model} if model else {})})
     head = f"POST /encode HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
