@@ -217,11 +217,7 @@ class TuneParams(Section):
     """The budget and the space of the study."""
 
     trials: int = Field(
-        6,
-        ge=1,
-        le=10_000,
-        description="Trials at which the study ends: finished, given up as hopeless, or failed in a way that would "
-        "come again (a training that diverges).",
+        6, ge=1, le=10_000, description="Trials that end the study: finished, hopeless, or failed for good (diverged)."
     )
     minutes: float = Field(
         4.0,
@@ -244,9 +240,7 @@ class TuneParams(Section):
         "nothing is measured.",
     )
     max_p95_ms: float | None = Field(
-        None,
-        gt=0,
-        description="Limit of cost, of `p95_ms` as in `costs`: a slower model is infeasible, so it is never trained.",
+        None, gt=0, description="Limit of cost: a slower model is infeasible, so it is never trained."
     )
     max_bytes_per_vector: int | None = Field(
         None, gt=0, description="Limit of cost: a model with larger vectors is infeasible."
