@@ -1,7 +1,8 @@
-"""@flow rollback: target > its box and Bento, verified > aliases > this machine > running servers.
+"""@flow rollback: target > its box and Bento, verified > aliases > this machine > running servers > old indexes.
 
 The target is what was recorded when the champion was released. Given twice, a rollback stays where it is: it goes
-further back only when a version is named. So whatever interrupts it, the same command may be given again.
+further back only when a version is named. So whatever interrupts it, the same command may be given again. One for
+another reason, right after one that was carried through, is no repetition: it is told where the last one went.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
-from bentos.errors import LunchboxError
-from bentos.lunchbox import open_lunchbox
 from bentos.manifest import Manifest
-from flows.core.boxes import find_box
+from flows.core.boxes import check_vectors, find_box
 from flows.core.folders import scratch_folder
-from flows.core.history import Act, read_history
+from flows.core.history import Act, read_history, shorten_reason
 from flows.core.indexes import Match, match_indexes, served_since
-from flows.core.packing import bento_exists, install, is_stored, stage_bento
+from flows.core.packing import put_back
 from flows.core.promotion import carry_out
 from flows.core.registry import Release
 from flows.core.release_lock import ReleaseLock
@@ -64,15 +63,15 @@ def rollback(
         champion = tracker.champion()
         if champion is None:
             raise NothingReleasedError("nothing was released yet: there is no champion to roll back")
-        target = tracker.version(find_target(tracker, champion, to))
+        target = tracker.version(find_target(tracker, champion, to, reason))
         history = read_history(tracker)
         since = served_since(history, target.version, champion.version)
         manifest = restore(tracker, target, settings)
         move(tracker, lock, champion, target, manifest, reason, settings)
+        answers = tell(urls, manifest, key or "")
         matches = match_indexes(tracker, manifest, since)
         for match in matches:
             say(f"[rollback] {match.advice}")
-        answers = tell(urls, manifest, key or "")
     failed = [f"{answer.url}: {answer.said}" for answer in answers if not answer.done]
     if failed:
         raise EkibenError(
@@ -82,16 +81,25 @@ def rollback(
     return _result(champion, target, manifest, matches, answers)
 
 
-def find_target(tracker: Tracker, champion: Release, to: str | None) -> str:
-    """The version to go back to.
+def find_target(tracker: Tracker, champion: Release, to: str | None, reason: str) -> str:
+    """The version to go back to: the one that is named, or what the champion has replaced.
+
+    Args:
+        tracker: Where versions and history are.
+        champion: The champion.
+        to: The version that was named; None: none.
+        reason: By it a command that is given twice is known.
 
     Raises:
         NothingReleasedError: none is recorded, or the one that is named was never released.
+        ParamsError: the champion came by a rollback for another reason, and none is named.
     """
     if to is None:
         newest = next((act for act in reversed(read_history(tracker)) if act.moves_champion), None)
-        if newest is not None and newest.kind == "rollback" and champion.version in (newest.version, newest.replaces):
-            return newest.version  # done already, or begun and killed: the same command ends in the same place
+        if newest is not None and newest.kind == "rollback" and champion.version == newest.version:
+            if newest.reason != shorten_reason(reason):
+                raise ParamsError(_say_where(newest, champion))
+            return newest.version  # the same command once more: it ends in the same place
         to = champion.tags.get("replaces", "")
         if not to:
             raise NothingReleasedError(
@@ -116,19 +124,10 @@ def restore(tracker: Tracker, target: Release, settings: FlowSettings) -> Manife
         EkibenError: its vectors are not what they were.
     """
     box = find_box(tracker, target, settings.lunchboxes_path)
-    try:
-        lunchbox = open_lunchbox(box)
-        problem = lunchbox.find_deviation(lunchbox.engine.embed(lunchbox.canary.texts))
-    except LunchboxError as error:
-        problem = one_line(error)
-    if problem:
-        raise EkibenError(f"version {target.version} cannot be served any more: {problem}; nothing was changed")
-    manifest = lunchbox.manifest
-    if not (is_stored(manifest) and bento_exists(manifest.tag)):
-        say(f"[rollback] {manifest.tag} is not in the Bento store any more: building it again")
-        with scratch_folder(settings.staging_path, "rollback") as scratch:
-            stage_bento(box, manifest, root=PROJECT_ROOT, home=scratch / "bentoml")
-            install(box, manifest, staged=scratch / "bentoml")
+    manifest = check_vectors(box, target)
+    with scratch_folder(settings.staging_path, "rollback") as scratch:
+        if put_back(box, manifest, root=PROJECT_ROOT, staging=scratch / "bentoml"):
+            say(f"[rollback] {manifest.tag} was not in the Bento store any more: it is there again")
     return manifest
 
 
@@ -183,6 +182,21 @@ def read_key(settings: FlowSettings, path: Path | None) -> str | None:
     if key is None:
         raise ParamsError(f"--admin-key-file {path} holds no key: put one into its first line")
     return key
+
+
+def _say_where(last: Act, champion: Release) -> str:
+    """Where the last rollback went, when and why, and how to go further back."""
+    before = champion.tags.get("replaces", "")
+    cure = (
+        f"`ekiben rollback --to {before} --reason ...` goes further back, to what it had replaced"
+        if before
+        else "it has replaced no champion: `ekiben history` shows what else was released, and `ekiben rollback --to "
+        "VERSION` goes there"
+    )
+    return (
+        f"the last rollback, of {last.time} because of {last.reason!r}, went from version {last.replaces} to version "
+        f"{last.version}, which is the champion; this one has another reason, and nothing was changed. {cure}"
+    )
 
 
 def _result(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bentos.aliases import read_aliases
+from bentos.errors import NotReadyError
 from bentos.manifest import Compat, Manifest, read_manifest, write_manifest
 from flows.core.boxes import MANIFEST_TAG
 from flows.core.history import Act, read_history
@@ -116,6 +117,15 @@ def test_a_rollback_goes_to_what_was_recorded_with_a_reason_and_a_word_on_indexe
     assert (again.version, again.unchanged, again.indexes) == ("2", True, result.indexes)
     assert len(read_history(tracker)) == 4
 
+    # For another reason it is no repetition, and going further back is to be said.
+    with pytest.raises(
+        ParamsError, match=r"'slow on short queries', went from version 3 to version 2.*--to 1 "
+    ) as told:
+        rollback(reason="still slow")
+    assert (told.value.exit_code, act.time in str(told.value)) == (2, True)
+    assert aliases(tracker)["champion"] == "2"
+    assert len(read_history(tracker)) == 4
+
     # Further back when a version is named; what was left there was breaking.
     further = rollback(reason="still slow", to="v1")
     assert aliases(tracker) == pointed(home) == {"champion": "1"}
@@ -123,10 +133,61 @@ def test_a_rollback_goes_to_what_was_recorded_with_a_reason_and_a_word_on_indexe
     assert "no map between them holds" in str(further.indexes[0]["advice"])
     assert "never compared" in str(further.indexes[1]["advice"])
 
+    with pytest.raises(ParamsError, match="it has replaced no champion"):
+        rollback(reason="slower and slower")
+
     # And forward again.
     forward = rollback(reason="it was the network", to=released[2].tag)
     assert aliases(tracker) == pointed(home) == {"champion": "3", "previous": "2"}
     assert [index["version"] for index in forward.indexes] == ["1", "2"]
+
+
+def test_after_one_that_was_named_and_interrupted_the_plain_one_goes_to_what_was_recorded(
+    tracker: Tracker, released: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.core.promotion.Registry.set_version_tags", die)
+    with pytest.raises(KeyboardInterrupt):
+        rollback(reason="slow", to="1")
+    monkeypatch.undo()
+    assert (read_history(tracker)[-1].version, aliases(tracker)["champion"]) == ("1", "3")
+    assert rollback(reason="slow").version == "2"
+    assert aliases(tracker) == {"champion": "2", "previous": "1"}
+
+
+@pytest.mark.parametrize("error", [EkibenError("MLflow is gone"), ConnectionError("reset by peer")])
+def test_what_cannot_be_said_of_an_index_stops_no_rollback(
+    error: Exception, tracker: Tracker, released: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers are told before anybody looks at old indexes."""
+    monkeypatch.setenv("EKIBEN_ADMIN_KEY", KEY)
+    with Server() as server:
+
+        def fail(*_: object) -> None:
+            assert len(server.asked) == 1
+            raise error
+
+        monkeypatch.setattr(Tracker, "download_artifact", fail)
+        result = rollback(reason="a test", servers=[server.url])
+    assert aliases(tracker)["champion"] == "2"
+    assert set(result.servers.values()) == {"every worker serves it"}
+    (index,) = result.indexes
+    assert (index["version"], index["space_id"], index["matches"]) == ("3", "", False)
+    assert f"It is unknown whether vectors made by version 3 match: {error}" in str(index["advice"])
+
+
+def test_a_box_that_cannot_compute_here_is_told_on_one_line(
+    tracker: Tracker, released: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NotReadyError("the model cannot be loaded")
+
+    monkeypatch.setattr("flows.core.boxes.open_lunchbox", fail)
+    with pytest.raises(EkibenError, match="version 2 cannot be served any more: the model cannot be loaded; nothing"):
+        rollback(reason="a test")
+    assert aliases(tracker)["champion"] == "3"
 
 
 def test_what_this_machine_has_lost_comes_back_from_the_run(
@@ -150,7 +211,7 @@ def test_an_altered_box_is_passed_over_and_a_version_without_any_stays_where_it_
     canary = artifacts / "lunchbox" / "canary.json"
     before = canary.read_bytes()
     canary.write_text("{}")
-    with pytest.raises(NothingReleasedError, match=r"cannot be found whole.*tokenizer\.json.*canary\.json.*--run 2"):
+    with pytest.raises(NothingReleasedError, match=r"whole.*tokenizer\.json.*canary\.json.*is not packed anew"):
         rollback(reason="a test")
     assert aliases(tracker) == {"champion": "3", "previous": "2"}
     assert len(read_history(tracker)) == 3
@@ -287,6 +348,7 @@ def test_a_server_that_does_not_change_over_is_named_and_the_command_can_be_give
         ({"reason": " "}, "--reason"),
         ({"reason": "x", "servers": ["http://127.0.0.1:3000"]}, "EKIBEN_ADMIN_KEY"),
         ({"reason": "x", "servers": ["localhost:3000"], "admin_key_file": "key"}, "no address of a server"),
+        ({"reason": "x", "servers": ["http://host:abc"], "admin_key_file": "key"}, "no address of a server"),
         ({"reason": "x", "admin_key_file": "nowhere"}, "cannot be read"),
         ({"reason": "x", "admin_key_file": "empty"}, "holds no key"),
     ],
