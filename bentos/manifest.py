@@ -65,9 +65,9 @@ CompatClass = Literal["identical", "compatible", "adapter", "breaking"]
 class Compat(BaseModel):
     """How the space of a model relates to that of a champion before it, by figures on texts that fitted nothing.
 
-    `identical`: one model, whose vectors differ by rounding or by what int8 may change. `compatible`: an index of the old
-    vectors may be asked with new ones as they are, and both may stand in it. `adapter`: with new ones that went through
-    the map. `breaking`: not at all, it must be built anew.
+    `identical`: one model, whose vectors differ by rounding or by what int8 may change. `compatible`: an index of the
+    old vectors may be asked with new ones as they are, and both may stand in it. `adapter`: with new ones that went
+    through the map. `breaking`: not at all, it must be built anew.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -22,6 +22,7 @@ from typer.exceptions import TyperException
 
 import flows.cli_lineage
 import flows.cli_releases  # noqa: F401 - both bring commands
+from bentos.errors import LunchboxError, NotReadyError, RegistryError
 from flows import screens
 from flows.command import (
     SAMPLE,
@@ -40,7 +41,7 @@ from flows.core.packing import bento_exists
 from flows.core.serving import check_port, local_url, passing_signals, served_bento, wait_for_end, wait_ready
 from flows.core.tracking import open_tracker
 from flows.core.watchdog import end_children_with_this_process
-from flows.errors import EkibenError, InputError, NothingReleasedError, ParamsError
+from flows.errors import EkibenError, InputError, NothingReleasedError, ParamsError, hide_password
 from flows.options import has_data
 from flows.params import DATA_ADDRESSES
 from flows.settings import PROJECT_ROOT, FlowSettings, load_settings
@@ -100,7 +101,9 @@ def tune(options: RunOptions) -> None:
     params = options.load_with_data()
     with starting_prefect():
         from flows.tune import tune as tune_flow
-    result = tune_flow(data=params.data, train=params.train, evaluate=params.evaluate, tune=params.tune)
+    result = tune_flow(
+        data=params.data, train=params.train, evaluate=params.evaluate, tune=params.tune, release=params.release
+    )
     terminal.print(screens.tuned(result, settings), soft_wrap=True)
     print_json(options, result.model_dump() | where(settings))
 
@@ -153,17 +156,20 @@ def main() -> None:
         code = _fail(f"{message()}; see 'ekiben COMMAND --help'", InputError.exit_code, "UsageError")
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; run the same command again to go on", INTERRUPTED, "Interrupted")
+    except (LunchboxError, RegistryError, NotReadyError) as error:  # a box or alias file that is not as it must be
+        code = _fail(str(error), EkibenError.exit_code, type(error).__name__)
     except OSError as error:  # trouble with disk or network, after the retries that can help
         code = _fail(f"{error}; try again later, or see that the address can be reached", 1, type(error).__name__)
     except Exception as error:
         log = load_settings().home_path / CRASH_LOG
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        log.write_text(hide_password(traceback.format_exc()), encoding="utf-8")
         code = _fail(f"unexpected {type(error).__name__}: {error} (details in {log})", 1, type(error).__name__)
     sys.exit(code)
 
 
 def _fail(message: str, code: int, kind: str) -> int:
+    message = hide_password(message)
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     if "--json" in sys.argv:
         sys.stdout.write(json.dumps({"error": {"type": kind, "message": message}, "exit_code": code}) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from flows.core.checkout import Choice
 from flows.core.explain import Chain, Link
 from flows.core.explain import explain as explain_reference
 from flows.core.provenance import LOCK_FILE
-from flows.core.references import Places, find_box, find_subjects
+from flows.core.references import Places, find_local_box, find_subjects
 from flows.core.reproduce import Comparison, compare, plan_rebuild, rebuild
 from flows.core.tracking import RunRecord, Tracker, open_tracker
 from flows.errors import InputError, NothingReleasedError
@@ -86,7 +85,7 @@ def reproduce(
         recorded,
         repository=places.repository,
         roots=places.roots,
-        find_box=lambda tag: find_box(tag, places),
+        find_box=lambda tag: find_local_box(tag, places),
     )
     for note in plan.notes:
         _say(f"[reproduce] note: {note}")
@@ -198,7 +197,7 @@ def _commands(chain: Chain, link: Link, settings: FlowSettings) -> list[str]:
         "vectors": [_ekiben(settings, "serve", "--version", tag)]
         if registry and tag and chain.source == "registry"
         else [],
-        "bento": [f"BENTOML_HOME={shlex.quote(str(facts.get('store')))} {_program('bentoml')} get {tag}"]
+        "bento": [f"BENTOML_HOME={shlex.quote(str(facts.get('store')))} {screens.program('bentoml')} get {tag}"]
         if facts.get("built")
         else [],
         "version": [_ekiben(settings, "status", "--version", str(facts.get("version")))] if registry else [],
@@ -218,16 +217,12 @@ def _commands(chain: Chain, link: Link, settings: FlowSettings) -> list[str]:
 def _ekiben(settings: FlowSettings, *words: str) -> str:
     """A command of ours, as it finds the same home."""
     home = ["--home", shlex.quote(screens.short_path(settings.home_path))] if settings.home != DEFAULT_HOME else []
-    return " ".join([_program("ekiben"), *words, *home])
-
-
-def _program(name: str) -> str:
-    return screens.short_path(Path(sys.executable).with_name(name))
+    return " ".join([screens.program("ekiben"), *words, *home])
 
 
 def _mlflow_artifact(run_id: str, path: str, settings: FlowSettings) -> str:
-    uri = shlex.quote(settings.mlflow_uri)
-    return f"MLFLOW_TRACKING_URI={uri} {_program('mlflow')} artifacts download --run-id {run_id} --artifact-path {path}"
+    mlflow = f"MLFLOW_TRACKING_URI={screens.quote_mlflow_uri(settings)} {screens.program('mlflow')}"
+    return f"{mlflow} artifacts download --run-id {run_id} --artifact-path {path}"
 
 
 def _data_commands(facts: dict[str, Any]) -> list[str]:
@@ -235,8 +230,8 @@ def _data_commands(facts: dict[str, Any]) -> list[str]:
     if not places:
         return []
     if facts.get("revision"):
-        return [f"git log -1 {facts['revision']}"]
-    return [f"md5sum {places[-1]['place'].partition(' at revision ')[0]}"]
+        return [f"git log -1 {shlex.quote(facts['revision'])}"]
+    return [f"md5sum {shlex.quote(places[-1]['place'].partition(' at revision ')[0])}"]
 
 
 def _open_places(

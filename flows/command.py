@@ -129,5 +129,5 @@ def print_json(options: Options, values: dict[str, Any]) -> None:
 
 
 def where(settings: FlowSettings) -> dict[str, str]:
-    """Where things are kept, for `--json`."""
-    return {"mlflow_uri": settings.mlflow_uri, "home": str(settings.home_path)}
+    """Where things are kept, for `--json`; without passwords."""
+    return {"mlflow_uri": settings.shown_mlflow_uri, "home": str(settings.home_path)}

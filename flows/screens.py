@@ -12,6 +12,7 @@ from rich.text import Text
 
 from flows.core.front_text import picture_lines, table_lines
 from flows.core.lineage import Lineage
+from flows.core.nearness import describe_nearness
 from flows.core.serving import local_url
 from flows.settings import FlowSettings
 
@@ -29,7 +30,7 @@ def trained(result: TrainResult, settings: FlowSettings) -> Text:
     """The end of `ekiben train`."""
     return _screen(
         f"Trained: version {result.version}",
-        _facts({"MLflow run": f"{result.run_id} in {settings.mlflow_uri}"}),
+        _facts({"MLflow run": f"{result.run_id} in {settings.shown_mlflow_uri}"}),
         _scores(result.metrics),
         _next_steps(result, settings),
     )
@@ -43,7 +44,7 @@ def tuned(result: TuneResult, settings: FlowSettings) -> Text:
         "study": f"{result.study}, {result.finished_trials} finished trials{given_up}, ended by {result.ended_by}",
         "taken": f"trial {result.trial}, by tune.policy={result.policy}",
         "parameters": best,
-        "MLflow run": f"{result.run_id} in {settings.mlflow_uri}",
+        "MLflow run": f"{result.run_id} in {settings.shown_mlflow_uri}",
     }
     blocks = [_facts(facts)]
     if result.costs and len(result.trials) > 1:
@@ -62,7 +63,7 @@ def released(lineage: Lineage, settings: FlowSettings) -> Text:
 def would_release(result: ReleaseResult, settings: FlowSettings) -> Text:
     """The end of `ekiben release --dry-run`: every gate has passed."""
     facts = {
-        "version": f"{result.version}, MLflow run {result.run_id} in {settings.mlflow_uri}",
+        "version": f"{result.version}, MLflow run {result.run_id} in {settings.shown_mlflow_uri}",
         "replaces": f"version {result.replaces}" if result.replaces else "nothing: it would be the first",
         "space": f"{result.space_id}, {result.compat or 'compared with none'}",
     }
@@ -78,7 +79,7 @@ def rolled_back(result: RollbackResult, settings: FlowSettings) -> Text:
     facts = {
         "space": result.space_id,
         "Bento": f"{result.bento_tag} in {short_path(settings.bento_store_path)}",
-        "MLflow run": f"{result.run_id} in {settings.mlflow_uri}",
+        "MLflow run": f"{result.run_id} in {settings.shown_mlflow_uri}",
     }
     indexes = [f"  {match['advice']}" for match in result.indexes] or [
         "  no index was built with another version since"
@@ -104,10 +105,10 @@ def serving(lineage: Lineage, settings: FlowSettings, host: str, port: int, log:
         "the playground, in a browser": f"{url}/ui",
         "the API's page": url,
         "the runs, with metrics and plots": mlflow_command(settings),
-        "the flows, with progress and gates": f"PREFECT_HOME={prefect_home} {_program('prefect')} server start",
+        "the flows, with progress and gates": f"PREFECT_HOME={prefect_home} {program('prefect')} server start",
         "the same Bento, without Ekiben": bento_command(lineage, settings),
         "your own data: text_a, text_b, score 0..1 (docs/data.md)": (
-            f"{_program('ekiben')} pipeline --pairs my_pairs.csv"
+            f"{program('ekiben')} pipeline --pairs my_pairs.csv"
         ),
     }
     title = f"Ready: {url} serves {lineage.bento_tag}. Ctrl-C ends it; its log is {short_path(log)}"
@@ -122,7 +123,9 @@ def lineage(found: Lineage, settings: FlowSettings) -> Text:
 def status(found: list[Lineage], holders: Sequence[str], warnings: Sequence[str], settings: FlowSettings) -> Text:
     """`ekiben status`: every version, newest first, what is at work, and what is not as it should be."""
     if not found:
-        return Text(f"nothing is registered yet in {settings.mlflow_uri}; `ekiben up` starts with the sample data")
+        return Text(
+            f"nothing is registered yet in {settings.shown_mlflow_uri}; `ekiben up` starts with the sample data"
+        )
     head = ("version", "alias", "gates", "metric", "base", "tuned", "space", "", "replaces", "champion since", "Bento")
     rows = [
         (
@@ -135,7 +138,7 @@ def status(found: list[Lineage], holders: Sequence[str], warnings: Sequence[str]
             item.space_id or "-",
             item.compat or "-",
             item.replaces or "-",
-            _minute(item.promoted_at) or "-",
+            _place(item) or "-",
             item.bento_tag or "not released",
         )
         for item in found
@@ -151,7 +154,7 @@ def status(found: list[Lineage], holders: Sequence[str], warnings: Sequence[str]
 def history(acts: Sequence[Mapping[str, Any]], settings: FlowSettings) -> Text:
     """`ekiben history`: every act, newest first."""
     if not acts:
-        return Text(f"nothing was released yet in {settings.mlflow_uri}")
+        return Text(f"nothing was released yet in {settings.shown_mlflow_uri}")
     head = ("time (UTC)", "what", "version", "replaces", "space", "by", "why")
     rows = [
         (
@@ -171,8 +174,14 @@ def history(acts: Sequence[Mapping[str, Any]], settings: FlowSettings) -> Text:
 def mlflow_command(settings: FlowSettings) -> str:
     """How to open MLflow's pages on the runs."""
     if settings.mlflow_uri.startswith("http"):
-        return settings.mlflow_uri
-    return f"{_program('mlflow')} ui --backend-store-uri {shlex.quote(settings.mlflow_uri)}"
+        return settings.shown_mlflow_uri
+    return f"{program('mlflow')} ui --backend-store-uri {quote_mlflow_uri(settings)}"
+
+
+def quote_mlflow_uri(settings: FlowSettings) -> str:
+    """MLflow's address as a word of a command; one with a password stays in the environment that it came from."""
+    shown = settings.shown_mlflow_uri
+    return shlex.quote(shown) if shown == settings.mlflow_uri else '"$MLFLOW_TRACKING_URI"'
 
 
 def bento_command(lineage: Lineage, settings: FlowSettings) -> str:
@@ -188,7 +197,7 @@ def curl(url: str, route: str, body: str) -> str:
 
 
 def _next_steps(result: TrainResult, settings: FlowSettings) -> list[str]:
-    release = f"{_program('ekiben')} release --run {result.version}"
+    release = f"{program('ekiben')} release --run {result.version}"
     return ["Next:", *_commands({"look at the run": mlflow_command(settings), "release it": release})]
 
 
@@ -204,8 +213,9 @@ def _lineage_facts(item: Lineage, settings: FlowSettings) -> list[str]:
             if item.compat
             else item.space_id or "-",
             "gates": item.verdict or "not asked",
-            "replaces": f"version {item.replaces}, since {item.promoted_at}" if item.replaces else "-",
-            "MLflow run": f"{item.run_id} in {settings.mlflow_uri}",
+            "replaces": f"version {item.replaces}" if item.replaces else "-",
+            "champion": _place(item) or "no",
+            "MLflow run": f"{item.run_id} in {settings.shown_mlflow_uri}",
             "base model": item.base_model,
             "data": f"{item.data_path} (md5 {item.data_md5}{revision})",
             "commit": item.git_commit or "-",
@@ -223,6 +233,8 @@ def _scores(metrics: dict[str, float]) -> list[str]:
     if gain is not None and all(end in metrics for end in GAIN_ENDS):
         low, high = (metrics[end] for end in GAIN_ENDS)
         lines.append(f"  gain {gain:+.4f}, interval {low:+.4f} to {high:+.4f}")
+    if near := describe_nearness(metrics):
+        lines.append(f"  {near}")
     return lines
 
 
@@ -246,13 +258,24 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """A program of this environment, as it is called from here."""
     return short_path(Path(sys.executable).with_name(name))
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _place(item: Lineage) -> str:
+    """Since when a version is the champion, or that a rollback has left it; empty when it is neither."""
+    places = {
+        "release": _minute(item.champion_since),
+        "rollback": f"{_minute(item.champion_since)}, by a rollback",
+        "hand": "moved by hand",
+        "": f"left by a rollback {_minute(item.left_at)}" if item.left_at else "",
+    }
+    return places[item.champion_by]
 
 
 def _minute(time: str) -> str:

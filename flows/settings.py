@@ -12,7 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bentos.settings import ServeSettings
-from flows.errors import ParamsError
+from flows.errors import ParamsError, hide_password
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_HOME = Path(".ekiben")
@@ -70,6 +70,11 @@ class FlowSettings(BaseSettings):
     def mlflow_uri(self) -> str:
         """Address of MLflow's tracking store and registry."""
         return self.tracking_uri or f"sqlite:///{self.home_path / 'mlflow.db'}"
+
+    @property
+    def shown_mlflow_uri(self) -> str:
+        """`mlflow_uri` as it may be printed: without a password."""
+        return hide_password(self.mlflow_uri)
 
     @property
     def artifact_root(self) -> Path:

@@ -73,6 +73,21 @@ def find_box(tracker: Tracker, release: Release, lunchboxes: Path, *, fetch_to: 
     return to
 
 
+def fetch_manifest(tracker: Tracker, run_id: str) -> Manifest:
+    """The manifest of a run's lunchbox, from its artifacts: as it was released, or else as it was packed.
+
+    Raises:
+        NothingReleasedError: the run has none.
+        LunchboxError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="ekiben-manifest-") as scratch:
+        try:
+            found = tracker.download_artifact(run_id, f"release/{MANIFEST_FILE}", Path(scratch))
+        except NothingReleasedError:
+            found = tracker.download_artifact(run_id, f"{BOX_FOLDER}/{MANIFEST_FILE}", Path(scratch))
+        return read_manifest(found.parent)
+
+
 def keep_box(tracker: Tracker, run_id: str, box: Path) -> None:
     """Put the lunchbox at `box` among the artifacts of a run, for servers and releases on other machines.
 

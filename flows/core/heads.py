@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from flows.core.models import get_transformer
+from flows.core.procrustes import turn_to
 from flows.errors import ParamsError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def attach_head(model: SentenceTransformer, dimensions: int, name: str) -> Sente
     )
 
 
-def set_head(model: SentenceTransformer, weight: npt.NDArray[np.float64]) -> None:
+def set_head(model: SentenceTransformer, weight: FloatArray) -> None:
     """Give the head that `attach_head` made the `weight` (dimensions, width)."""
     import torch
     from sentence_transformers.sentence_transformer.modules import Dense
@@ -96,7 +96,7 @@ def set_head(model: SentenceTransformer, weight: npt.NDArray[np.float64]) -> Non
         head.linear.weight.copy_(torch.from_numpy(weight))
 
 
-def nearest_axes(vectors: FloatArray, targets: FloatArray) -> npt.NDArray[np.float64]:
+def nearest_axes(vectors: FloatArray, targets: FloatArray) -> FloatArray:
     """The map with orthonormal rows that brings `vectors` nearest to `targets`.
 
     From Schönemann (1966), "A generalized solution of the orthogonal Procrustes problem".
@@ -108,6 +108,4 @@ def nearest_axes(vectors: FloatArray, targets: FloatArray) -> npt.NDArray[np.flo
     Returns:
         (dimensions, width).
     """
-    left, _, right = np.linalg.svd(targets.astype(np.float64).T @ vectors.astype(np.float64), full_matrices=False)
-    product: npt.NDArray[np.float64] = left @ right
-    return product
+    return turn_to(targets.astype(np.float64).T @ vectors.astype(np.float64))

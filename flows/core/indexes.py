@@ -5,14 +5,13 @@ It goes by what the lunchboxes say of each other's spaces; what was never compar
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bentos.errors import LunchboxError
-from bentos.manifest import MANIFEST_FILE, Manifest, read_manifest
+from bentos.manifest import Manifest
+from flows.core.boxes import fetch_manifest
 from flows.core.history import Act, was_done
 from flows.core.relations import can_be_asked, describe_mismatch
 from flows.core.tracking import Tracker
@@ -68,7 +67,7 @@ def match_indexes(tracker: Tracker, served: Manifest, left: Sequence[str]) -> li
     matches = []
     for version in left:
         try:
-            made_with = _read_manifest(tracker, version)
+            made_with = fetch_manifest(tracker, tracker.version(version).run_id)
         except (EkibenError, LunchboxError, OSError) as error:
             unknown = f"It is unknown whether vectors made by version {version} match: {one_line(error)}"
             matches.append(Match(version, "", False, unknown))
@@ -81,10 +80,3 @@ def match_index(made_with: Manifest, served: Manifest) -> Match:
     """Say whether an index of the vectors of `made_with` can be asked with `served`."""
     usable = can_be_asked(made_with, served)
     return Match(made_with.version, made_with.space_id, usable, describe_mismatch(made_with, served))
-
-
-def _read_manifest(tracker: Tracker, version: str) -> Manifest:
-    """The manifest that a version was released with, from its run."""
-    with tempfile.TemporaryDirectory(prefix="ekiben-manifest-") as scratch:
-        run_id = tracker.version(version).run_id
-        return read_manifest(tracker.download_artifact(run_id, f"release/{MANIFEST_FILE}", Path(scratch)).parent)

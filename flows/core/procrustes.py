@@ -44,7 +44,7 @@ def fit_map(new: FloatArray, old: FloatArray) -> Vectors:
     if nothing.shape[0] > nothing.shape[1]:
         matrix = _fit_narrower(unit_new, unit_old, prior)
     else:
-        matrix = _turn_to(unit_new.T @ unit_old + prior)
+        matrix = turn_to(unit_new.T @ unit_old + prior)
     return matrix.astype(np.float32)
 
 
@@ -58,20 +58,20 @@ def _fit_narrower(new: FloatArray, old: FloatArray, prior: FloatArray) -> FloatA
     """
     squares, products = new.T @ new, new.T @ old + prior
     ridge = RIDGE * np.trace(squares) / len(squares) * np.eye(len(squares))
-    matrix = _turn_to(np.linalg.solve(squares + ridge, products))
+    matrix = turn_to(np.linalg.solve(squares + ridge, products))
     for _ in range(MAX_ROUNDS):
         lengths = np.linalg.norm(new @ matrix, axis=1, keepdims=True)
         scaled = np.divide(new, lengths, out=np.zeros_like(new), where=lengths > 1e-6)
         squares, products = scaled.T @ scaled, scaled.T @ old + prior
         largest = np.linalg.eigvalsh(squares)[-1]
-        last, matrix = matrix, _turn_to(products + largest * matrix - squares @ matrix)
+        last, matrix = matrix, turn_to(products + largest * matrix - squares @ matrix)
         if np.abs(matrix - last).max() < STILL:
             break
     return matrix
 
 
-def _turn_to(products: FloatArray) -> FloatArray:
-    """The matrix with orthonormal rows or columns that is nearest to `products`."""
+def turn_to(products: FloatArray) -> FloatArray:
+    """The matrix with orthonormal rows or columns that is nearest to `products` (Schönemann, 1966)."""
     left, _, right = np.linalg.svd(products, full_matrices=False)
     matrix: FloatArray = left @ right
     return matrix

@@ -10,15 +10,13 @@ from pathlib import Path
 from bentos.aliases import read_aliases
 from bentos.errors import LunchboxError, RegistryError
 from bentos.manifest import Manifest, name_release, read_manifest
-from flows.core.boxes import MANIFEST_TAG
+from flows.core.boxes import MANIFEST_TAG, fetch_manifest
 from flows.core.packing import hash_manifest
-from flows.core.recorded import read_json
 from flows.core.registry import MIN_PREFIX_LENGTH, Release
 from flows.core.tracking import RunRecord, Tracker
 from flows.errors import NothingReleasedError
 
 MODEL_SUFFIX = "-model"  # of a lunchbox's name in the model store
-MANIFEST_ARTIFACTS = ("lunchbox/manifest.json", "release/manifest.json")
 SHOWN_RUNS = 10
 
 
@@ -97,7 +95,7 @@ def find_subjects(reference: str, places: Places) -> list[Subject]:
     return [_complete(Subject(manifest=manifest, box=box), places) for box, manifest in boxes]
 
 
-def find_box(tag: str, places: Places, *, released: str = "") -> Path | None:
+def find_local_box(tag: str, places: Places, *, released: str = "") -> Path | None:
     """The lunchbox of a Bento tag on this machine, in the model store or where releases pack it; None when neither.
 
     Args:
@@ -141,17 +139,10 @@ def _complete(subject: Subject, places: Places) -> Subject:
             run = tracker.find_run(run_id)
     tag = subject.header(places.model_name)
     if manifest is None and tag:
-        box = find_box(tag, places, released=subject.tags.get(MANIFEST_TAG, ""))
-        manifest = read_manifest(box) if box is not None else _fetch_manifest(tracker, run)
+        box = find_local_box(tag, places, released=subject.tags.get(MANIFEST_TAG, ""))
+        with suppress(NothingReleasedError, LunchboxError, OSError):  # or of a layout that is not read any more
+            if box is not None:
+                manifest = read_manifest(box)
+            elif tracker is not None and run is not None:
+                manifest = fetch_manifest(tracker, run.run_id)
     return Subject(subject.release, run, manifest, box)
-
-
-def _fetch_manifest(tracker: Tracker | None, run: RunRecord | None) -> Manifest | None:
-    if tracker is None or run is None:
-        return None
-    for name in MANIFEST_ARTIFACTS:
-        content = read_json(tracker, run.run_id, name)
-        if content is not None:
-            with suppress(ValueError):  # of a layout that is not read any more
-                return Manifest.model_validate(content)
-    return None

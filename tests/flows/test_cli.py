@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from bentos.errors import LunchboxError, NotReadyError, RegistryError
 from flows import cli
-from flows.core.history import Act, begin_act
+from flows.core.history import Act, begin_act, read_history
 from flows.core.promotion import carry_out
 from flows.core.release_lock import ReleaseLock
 from flows.core.tracking import open_tracker
+from flows.errors import EkibenError
 from flows.params import DATA_ADDRESSES
 from flows.settings import load_settings
 from tests.flows.core.test_registry import register_run
@@ -101,6 +103,35 @@ def test_an_error_is_json_too_when_asked(monkeypatch: pytest.MonkeyPatch, capsys
     assert answer["error"]["type"] == "ParamsError"
 
 
+@pytest.mark.parametrize("error", [LunchboxError, RegistryError, NotReadyError])
+def test_a_broken_box_or_alias_file_is_one_line_and_nothing_unexpected(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("tokenizer.json was altered")
+
+    monkeypatch.setattr("flows.cli_releases.trace_all", fail)
+    assert run(monkeypatch, "status", "--json") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: tokenizer.json was altered\n"
+    assert json.loads(captured.out)["error"]["type"] == error.__name__
+
+
+@pytest.mark.parametrize("error", [EkibenError, OSError, ValueError])
+def test_no_error_shows_a_password(
+    error: type[Exception], own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("no answer from postgresql://me:secret@host/db")
+
+    monkeypatch.setattr("flows.cli_releases.trace_all", fail)
+    assert run(monkeypatch, "status", "--json", "--home", str(own_folder / "home")) == 1
+    captured = capsys.readouterr()
+    assert "postgresql://***@host/db" in captured.err
+    logs = "".join(log.read_text() for log in own_folder.rglob("crash.log"))
+    assert "secret" not in captured.err + captured.out + logs
+
+
 def test_up_refuses_a_taken_port_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +186,13 @@ def test_status_and_history_show_versions_acts_who_is_at_work_and_what_is_wrong(
     content = json.loads(out.splitlines()[-1])
     assert content["aliases"] == {"champion": "1", "previous": "2"}
     assert [item["replaces"] for item in content["versions"]] == ["1", ""]
+    back = read_history(tracker)[2]
+    one, two = content["versions"][1], content["versions"][0]
+    assert (one["champion_by"], one["champion_since"], one["left_at"]) == ("rollback", back.time, "")
+    assert (two["champion_by"], two["champion_since"], two["left_at"]) == ("", "", back.time)
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()[:2] in ("1 ", "2 ")}
+    assert f"{back.time[:16].replace('T', ' ')}, by a rollback" in rows["1"]
+    assert f"left by a rollback {back.time[:16].replace('T', ' ')}" in rows["2"]
     assert content["at_work"][0].startswith("release of version 7 by ")
     assert any("previous is nothing there and version 2 in the registry" in item for item in content["warnings"])
     assert any("ekiben:1 is not in the Bento store" in item for item in content["warnings"])
@@ -171,6 +209,21 @@ def test_status_and_history_show_versions_acts_who_is_at_work_and_what_is_wrong(
     ]
     for shown in ("release, not carried through", "slow on short queries", "adapter"):
         assert shown in out
+
+
+def test_status_says_that_a_champion_was_moved_by_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = open_tracker(load_settings())
+    register_run(tracker)
+    tracker.set_alias("champion", "1")
+    assert run(monkeypatch, "status", "--json") == 0
+    out = capsys.readouterr().out
+    assert "moved by hand" in out
+    (one,) = json.loads(out.splitlines()[-1])["versions"]
+    assert (one["champion_by"], one["champion_since"]) == ("hand", "")
+    assert run(monkeypatch, "status", "--version", "1") == 0
+    assert "moved by hand" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("home", [".", ".."])

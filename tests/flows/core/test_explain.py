@@ -15,7 +15,7 @@ from bentos.manifest import Manifest, read_manifest, write_manifest
 from flows.core.explain import explain
 from flows.core.packing import hash_manifest
 from flows.core.provenance import LOCK_FILE, lock_sha256
-from flows.core.references import Places, find_box, find_subjects
+from flows.core.references import Places, find_local_box, find_subjects
 from flows.core.tracking import Tracker
 from flows.errors import NothingReleasedError
 from flows.params import DataParams, TrainParams
@@ -114,9 +114,9 @@ def test_the_box_alone_knows_its_way_back(stage: Stage, tiny_lunchbox_path: Path
 
 def test_what_is_not_as_it_was_is_told(stage: Stage, tiny_lunchbox_path: Path) -> None:
     manifest = keep_box(stage, tiny_lunchbox_path)
-    box = find_box(TAG, stage.places)
+    box = find_local_box(TAG, stage.places)
     assert box is not None
-    assert find_box("ekiben:9-00000000", stage.places) is None
+    assert find_local_box("ekiben:9-00000000", stage.places) is None
     (box / "tokenizer.json").write_text("{}")
     write_pairs(stage.data.parent, "new")
     (stage.places.repository / LOCK_FILE).write_text("numpy==2.0\n")
@@ -252,7 +252,7 @@ def test_the_box_that_was_released_is_told_from_one_that_was_packed_anew(
     run_id, version = log_version(tracker, stage, space_id="5" * 16)
     manifest = keep_box(stage, tiny_lunchbox_path, run_id=run_id, version=version)
     places = replace(stage.places, tracker=tracker)
-    stored = find_box(manifest.tag, places)
+    stored = find_local_box(manifest.tag, places)
     assert stored is not None
     tracker.set_version_tags(version, {"bento_tag": manifest.tag, "manifest_sha256": hash_manifest(stored)})
     assert explain(version, places)[0].link("bento").state == "ok"
