@@ -37,6 +37,8 @@ PRIMARY_METRICS = ("spearman", "ndcg_at_10")  # the first that the run has
 LEAK_METRIC = "data/leaked_share"
 DATA_TIME_TAG = "data_time"  # ISO 8601: when the newest of the training data was written
 NO_ROWS = "the run kept no test rows to compare on"
+READING = ("columns", "profile_template", "duplicates", "leaks")  # of data.*: what becomes of the rows of the files
+SPLITTING = ("split_seed", "dev_fraction", "test_fraction")  # of data.*: which rows are test rows, without a test file
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,7 @@ def gather_evidence(
     params: ReleaseParams,
     *,
     evaluation: Path,
-    box: Path | None = None,
     champion: Champion | None = None,
-    compat: Compat | None = None,
-    serving: Serving | None = None,
-    champion_serving: Serving | None = None,
     now: datetime | None = None,
 ) -> Evidence:
     """Gather what is known about the candidate that `run` trained.
@@ -160,16 +158,9 @@ def gather_evidence(
         run: Its MLflow run.
         params: The thresholds.
         evaluation: The folder `evaluation/` of the run's artifacts.
-        box: Its lunchbox, once it is packed.
-        champion: The version that it would replace: another one, or None.
-        compat: Relation to the champion's space, once it was measured.
-        serving: What the built Bento was measured at.
-        champion_serving: The same of the champion, beside it.
+        champion: The version that it would replace: another one, or None. One whose box cannot be loaded is no error:
+            the evidence says so in `problem`.
         now: For the age of the data; default: now.
-
-    Raises:
-        LunchboxError: the candidate's own box cannot be read or loaded. A champion's that cannot is no error: the
-            evidence says so in `problem`.
     """
     undefined = [name for name in run.tags.get("undefined_metrics", "").split(", ") if name]
     metrics = run.metrics | dict.fromkeys(undefined, math.nan)
@@ -190,7 +181,6 @@ def gather_evidence(
         doubt=doubt,
         licence=find_licence(None, base_model) if base_model else None,
     )
-    material = material if box is None else material.through(box)
     asked = params.precision if params.precision != "auto" else run.params.get("train.precision", "auto")
     return replace(
         evidence,
@@ -198,11 +188,7 @@ def gather_evidence(
         problem=problem,
         leaked_share=metrics.get(LEAK_METRIC),
         data_age_days=_age_days(run.tags.get(DATA_TIME_TAG, ""), now or datetime.now(UTC)),
-        certificate=None if box is None else read_certificate(box),
         precision=asked,
-        compat=compat,
-        serving=serving,
-        champion_serving=champion_serving,
         _material=material,
         **material.figures(params),
     )
@@ -225,7 +211,19 @@ def _score_champion(
     except (LunchboxError, NotReadyError) as error:
         return None, "", f"the lunchbox of {champion.tag} cannot be used: {one_line(error)}"
     same_data = manifest.data.md5 == run.tags.get("data_md5")
-    return theirs, "" if same_data else "it was trained on other data, which may hold these rows", ""
+    doubt = _doubt_split(run, champion) if same_data else "it was trained on other data, which may hold these rows"
+    return theirs, doubt, ""
+
+
+def _doubt_split(run: RunRecord, champion: Champion) -> str:
+    """What is doubtful about a champion of the same files: other rows of them may have been its test rows."""
+    if champion.params is None:
+        return "its run is gone, so nobody knows whether it was trained on some of these rows"
+    names = READING if run.params.get("data.test", "null") != "null" else (*READING, *SPLITTING)
+    other = [f"data.{name}" for name in names if run.params.get(f"data.{name}") != champion.params.get(f"data.{name}")]
+    if not other:
+        return ""
+    return f"it was trained on the same files split otherwise ({', '.join(other)}), perhaps on some of these rows"
 
 
 def _recorded_gain(metrics: Mapping[str, float], metric: str, params: EvaluateParams) -> Comparison | None:

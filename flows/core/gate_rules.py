@@ -13,6 +13,7 @@ from bentos.manifest import CompatClass
 from flows.core.evidence import NO_ROWS, Evidence
 from flows.core.slices import FOUND, Slice
 from flows.core.verdicts import ROUNDING, Verdict, format_figure
+from flows.params import ReleaseParams
 
 COMPAT_ORDER: tuple[str, ...] = get_args(CompatClass)  # best first
 LARGEST_LOSS = {"spearman": 2.0, "ndcg_at_10": 1.0}  # a margin of minus this much asks for nothing
@@ -107,8 +108,13 @@ def judge_slices(evidence: Evidence) -> Iterator[Verdict]:
     and the whole interval of its difference, widened for the number of slices, lies below -`slice_max_drop`. The
     reference is the champion, and the base model as long as there is none. A floor is the user's own word: a metric
     below it refuses, in a slice that is big enough. A floor of a slice that no row is in, and a column that the rows do
-    not have, refuse: they were asked for and cannot be answered.
+    not have, refuse: they were asked for and cannot be answered. So do slices that the user named when the run kept no
+    test rows; those that are asked of everybody are left out then.
     """
+    if evidence.problem == NO_ROWS and evidence.params.slices != ReleaseParams().slices:
+        for column in evidence.params.slices:
+            cure = f"train it again with this version of Ekiben, or take {column!r} out of release.slices"
+            yield Verdict(f"slice {column}", None, None, False, f"unknown: {NO_ROWS}", cure)
     for column in evidence.missing_columns:
         reason = f"unknown: the run's test rows have no column {column!r}"
         cure = f"train with data.slice_columns, or take {column!r} out of release.slices ({', '.join(FOUND)} need none)"
@@ -142,7 +148,9 @@ def _judge_drop(item: Slice, evidence: Evidence) -> Verdict:
         f"{about}: {item.gain.value:+.4f} ({100 * item.confidence:.4g}% interval {item.gain.low:+.4f} to "
         f"{item.gain.high:+.4f}); asked of its high end {-most:+.4f}"
     )
-    cure = f"give more training data like these rows, or raise release.slice_max_drop to {-item.gain.high:.3f} or more"
+    cure = (
+        f"give more training data like these rows, or raise release.slice_max_drop to {_above(-item.gain.high)} or more"
+    )
     return Verdict(gate, item.gain.high, -most, passed, reason, "" if passed else cure)
 
 
@@ -258,6 +266,11 @@ def judge_compat(evidence: Evidence) -> Iterator[Verdict]:
     )
     cure = "train with train.anchor_weight above 0 so that the space stays, or set release.compat to any and re-index"
     yield Verdict("compat", compat.kind, None if asked == "any" else asked, passed, reason, "" if passed else cure)
+
+
+def _above(value: float) -> str:
+    """A bound that this value does not exceed, with three decimals."""
+    return f"{math.ceil(value * 1000) / 1000:.3f}"
 
 
 def _below(value: float) -> str:

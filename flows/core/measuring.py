@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,6 @@ class Serving:
     def as_metrics(self) -> dict[str, float]:
         """Return the figures under their names in MLflow."""
         return {METRIC_NAMES[name]: value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_metrics(cls, metrics: Mapping[str, float]) -> Serving | None:
-        """Read the figures from a run's metrics; None unless all of them are there."""
-        if not set(METRIC_NAMES.values()) <= metrics.keys():
-            return None
-        return cls(**{name: metrics[metric] for name, metric in METRIC_NAMES.items()})
 
 
 METRIC_NAMES = {

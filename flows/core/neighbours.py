@@ -85,15 +85,6 @@ def ndcg(found: Ranking, relevances: Mapping[int, Mapping[int, float]]) -> Array
     return np.array(figures, dtype=np.float64)
 
 
-def recall(found: Ranking, relevances: Mapping[int, Mapping[int, float]]) -> Array:
-    """(judged queries,) The share of its relevant documents that each query found."""
-    shares = [
-        len(relevance.keys() & set(found[query].tolist())) / min(len(relevance), found.shape[1])
-        for query, relevance in relevances.items()
-    ]
-    return np.array(shares, dtype=np.float64)
-
-
 def low_end(values: Array, of: Array | None = None) -> float:
     """Low end of the bootstrap interval of a mean, or of the ratio of two means over the same queries.
 

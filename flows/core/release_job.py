@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,7 +185,8 @@ def open_job(
 
     def find(release: Release) -> Champion:
         box = find_box(tracker, release, settings.lunchboxes_path, fetch_to=fetch_to)
-        return Champion(read_manifest(box).tag, release.version, box, release.tags.get("space_id", ""))
+        params = _read_params(tracker, release)
+        return Champion(read_manifest(box).tag, release.version, box, release.tags.get("space_id", ""), params=params)
 
     is_released = MANIFEST_TAG in own.tags
     box = find(own).box if is_released else box_path(settings.lunchboxes_path, own)
@@ -253,6 +255,14 @@ def _check_precision(manifest: Manifest, params: ReleaseParams) -> None:
             f"release.precision is {params.precision}, but {manifest.tag} was released with {served}, and a released "
             "version does not change: leave release.precision out, or train again and release the new version"
         )
+
+
+def _read_params(tracker: Tracker, release: Release) -> Mapping[str, str] | None:
+    """The parameters of a version's run; None when the run is gone."""
+    try:
+        return tracker.find_run(release.run_id).params
+    except NothingReleasedError:
+        return None
 
 
 def _miss(model_name: str, release: Release, scratch: Path, problem: str) -> Champion:

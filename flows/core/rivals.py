@@ -15,7 +15,7 @@ little better than it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Champion:
     box: Path  # its lunchbox
     space_id: str = ""  # as the registry has it, for when the box cannot say so; empty: unknown
     problem: str = ""  # why its lunchbox cannot be used, as far as is known
+    params: Mapping[str, str] | None = None  # of its run, under their names in MLflow; None: unknown
 
 
 @dataclass(frozen=True)

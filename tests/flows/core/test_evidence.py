@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,6 @@ def test_the_box_and_what_is_learned_later_join(
     assert found.versus_champion is not None
     assert found.versus_champion.theirs == first.versus_champion.theirs
     assert found.versus_champion.gain.value == pytest.approx(first.versus_champion.gain.value, abs=0.01)  # as served
-    at_once = gather(
-        make_run(), evaluation, champion=champion, box=tiny_lunchbox_path, compat=compat, serving=serving,
-        champion_serving=serving,
-    )  # fmt: skip
-    assert at_once == found
     report = run_gates(found, candidate="x")
     assert report.passed, report.refusal
     gates = {verdict.gate for verdict in report.verdicts}
@@ -134,8 +130,8 @@ def test_a_worse_candidate_is_refused_by_every_gate_of_quality(
     champion = Champion("ekiben:2-01234567", "2", tiny_lunchbox_path)
     found = gather(
         make_run(), evaluation, ReleaseParams(slice_min_rows=20, slices=["length", "region"], min_gain=0.001),
-        champion=champion, box=variants["other weights"],
-    )  # fmt: skip
+        champion=champion,
+    ).add(box=variants["other weights"])  # fmt: skip
     assert found.versus_base is not None
     assert found.versus_base.gain.value == pytest.approx(0.0, abs=1e-6)  # it is its own base model here
     refused = [verdict.gate for verdict in run_gates(found, candidate="x").verdicts if not verdict.passed]
@@ -145,15 +141,26 @@ def test_a_worse_candidate_is_refused_by_every_gate_of_quality(
 def test_a_champion_of_other_data_is_doubted(
     make_run: Callable[..., RunRecord], evaluation: Path, tiny_lunchbox_path: Path
 ) -> None:
-    champion = Champion("ekiben:2-01234567", "2", tiny_lunchbox_path)
+    split = {"data.test": "null", "data.split_seed": "13", "data.dev_fraction": "0.15", "data.columns": "{}"}
+    champion = Champion("ekiben:2-01234567", "2", tiny_lunchbox_path, params=split)
     found = gather(make_run(), evaluation, champion=champion).versus_champion
     assert found is not None
     assert "other data" in found.doubt  # that of the tests' lunchbox
     tags = {"data_md5": "d41d8cd98f00b204e9800998ecf8427e"}
-    same = gather(make_run(tags=tags), evaluation, champion=champion).versus_champion
-    assert same is not None
-    assert same.doubt == ""
-    assert same.gain.value == pytest.approx(0.0, abs=0.005)  # the candidate is its own champion here
+
+    def doubt(**changed: str) -> str:
+        params = split | {f"data.{name}": value for name, value in changed.items()}
+        same = gather(make_run(tags=tags, params=params), evaluation, champion=champion).versus_champion
+        assert same is not None
+        assert same.gain.value == pytest.approx(0.0, abs=0.005)  # the candidate is its own champion here
+        return same.doubt
+
+    assert doubt() == doubt(slice_columns='["region"]') == ""
+    assert "split otherwise (data.split_seed)" in doubt(split_seed="14")
+    assert "(data.columns, data.dev_fraction)" in doubt(dev_fraction="0.1", columns='{"score": "label"}')
+    assert doubt(split_seed="14", test="test.csv") == ""  # the file says which they are
+    champion = replace(champion, params=None)
+    assert "its run is gone" in doubt()
 
 
 def test_a_champion_whose_box_is_broken_is_a_problem_and_no_error(
@@ -177,13 +184,16 @@ def test_an_older_run_without_test_rows_is_judged_by_what_it_has(
     (evaluation / TEST_ROWS_FILE).unlink()
     metrics = {name: value for name, value in make_run().metrics.items() if not name.startswith("data/")}
     run = make_run(metrics=metrics, tags={})
-    found = gather(run, evaluation, box=tiny_lunchbox_path)
+    found = gather(run, evaluation).add(box=tiny_lunchbox_path)
     assert found.versus_base is not None
     assert (found.slices, found.leaked_share, found.data_age_days) == ((), None, None)
     assert run_gates(found, candidate="x").passed
     champion = Champion("ekiben:2-01234567", "2", tiny_lunchbox_path)
     refusal = run_gates(gather(run, evaluation, champion=champion), candidate="x").refusal
     assert "champion: unknown: the run kept no test rows" in refusal
+    named = run_gates(gather(run, evaluation, ReleaseParams(slices=["length", "region"])), candidate="x")
+    assert [item.gate for item in named.verdicts if not item.passed] == ["slice length", "slice region"]
+    assert "take 'region' out of release.slices" in named.refusal
     assert "train it again" in refusal
 
 

@@ -173,6 +173,17 @@ def test_the_cure_for_a_missing_gain_would_change_the_verdict(low: float, asked:
             assert find(again, gate).passed
 
 
+@given(high=st.floats(-2, -1e-4), share=st.floats(0, 0.999))
+def test_the_cure_for_a_slice_would_change_the_verdict(high: float, share: float) -> None:
+    item = Slice("length=short", "", 100, 0.5, True, 0.5 - high, Interval(high, high - 0.1, high), 0.99)
+    report = ask(params={"slice_max_drop": -high * share}, slices=(item,), reference="champion")
+    verdict = find(report, "slice length=short")
+    if not verdict.passed:
+        bound = float(verdict.cure.partition("release.slice_max_drop to ")[2].split()[0])
+        again = ask(params={"slice_max_drop": bound}, slices=(item,), reference="champion")
+        assert find(again, "slice length=short").passed
+
+
 def test_a_gain_on_the_border_passes_in_spite_of_rounding() -> None:
     assert 0.9 - 0.8 < 0.1
     assert ask(params={"min_gain": 0.1}, versus_base=gain(0.9 - 0.8)).passed
