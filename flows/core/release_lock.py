@@ -22,7 +22,6 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,7 +116,8 @@ class ReleaseLock:
                     raise _busy(holder)
             generation = max((holder.generation for holder in holders), default=0) + 1
             name = _lock_name(self._registry, generation)
-            if not self._registry.claim(name, self._tags(), description=DESCRIPTION):
+            # MLflow's client sends a request again whose answer was lost: the name may be taken by this very lock.
+            if not (self._registry.claim(name, self._tags(), description=DESCRIPTION) or self._has(name)):
                 raise _busy(next(iter(list_holders(self._registry)), None))  # another one was quicker
             self._name = name
             try:
@@ -175,6 +175,10 @@ class ReleaseLock:
             except EkibenError as error:
                 logger.warning("the release lock could not be given back: %s", error)
             self._name = ""
+
+    def _has(self, name: str) -> bool:
+        """Whether a lock of that name is this one."""
+        return any((holder.name, holder.token) == (name, self._token) for holder in list_holders(self._registry))
 
     def _others(self) -> list[Holder]:
         return [holder for holder in list_holders(self._registry) if holder.token != self._token]
@@ -236,17 +240,6 @@ def whoami() -> str:
     except (OSError, KeyError):  # a container's user without a name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}, process {os.getpid()}"
-
-
-@contextlib.contextmanager
-def release_lock(registry: Registry, what: str) -> Iterator[ReleaseLock]:
-    """Hold the lock of the registry's model while the block runs.
-
-    Raises:
-        ReleaseRaceError: another release or rollback is at work.
-    """
-    with ReleaseLock(registry, what) as lock:
-        yield lock
 
 
 def _lock_name(registry: Registry, generation: int) -> str:

@@ -226,6 +226,28 @@ def test_a_lock_that_comes_back_during_a_takeover_is_not_taken_away(
     assert names(tracker) == []
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["free", "left behind"])
+def test_a_lock_whose_first_answer_was_lost_is_ours(
+    stale: bool, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a POST again after a broken connection; the second one finds what the first one made."""
+    if stale:
+        leave_behind(tracker)
+    claim = tracker.claim
+
+    def claim_twice(name: str, tags: dict[str, str], *, description: str) -> bool:
+        assert claim(name, tags, description=description)
+        return claim(name, tags, description=description)
+
+    monkeypatch.setattr(tracker, "claim", claim_twice)
+    with ReleaseLock(tracker, "release", beat_s=0.1, watch_s=0.1) as lock:
+        lock.check()
+        monkeypatch.undo()
+        with pytest.raises(ReleaseRaceError, match="release by"):
+            ReleaseLock(tracker, "rollback").acquire()
+    assert names(tracker) == []
+
+
 def test_a_heartbeat_goes_on_while_the_lock_is_held(tracker: Tracker) -> None:
     with ReleaseLock(tracker, "release", beat_s=0.05):
         first = list_holders(tracker)[0].beat
