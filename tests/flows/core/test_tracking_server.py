@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,47 +16,15 @@ from flows.core.promotion import carry_out
 from flows.core.release_lock import ReleaseLock, list_holders
 from flows.core.tracking import Tracker
 from flows.errors import NothingReleasedError, ReleaseRaceError
+from tests.registry import run_mlflow
 
 TEXTS = ["the quick brown fox", "a train station"]
-START_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
 def server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow-server")
-    shutil.copy(mlflow_template, folder / "mlflow.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "store"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not answers(f"{uri}/health"):
-                assert process.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.5)
-            yield uri
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)  # the group of this server: it was started as one of its own
-            process.wait(timeout=30)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    with run_mlflow(mlflow_template, tmp_path_factory.mktemp("mlflow-server")) as uri:
+        yield uri
 
 
 @pytest.mark.slow
