@@ -21,12 +21,18 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from tests.bentos.traffic import Traffic, find_wrong
 from tests.flows.support import write_pairs
 from tests.serving import serve
 
 ROOT = Path(__file__).parents[1]
 EKIBEN = str(Path(sys.executable).with_name("ekiben"))
 UP_TIMEOUT_S = 1800.0
+# Gates that let a second, worse version pass, as two versions are all that a test of the way back needs.
+LOOSE = {"min_gain": -2, "champion_margin": -2, "slice_max_drop": 2, "max_calibration_error": 1, "max_slowdown": 1e6}
+LENIENT = [part for name, value in LOOSE.items() for part in ("--set", f"release.{name}={value}")]
+SAMPLE = ["--profiles", "data/sample/profiles.csv", "--judgements", "data/sample/judgements.csv"]
+TOLERANCE = 0.02  # int8 rounds anew with each batch; the two versions are further apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -228,6 +234,47 @@ def test_a_refused_release_ends_with_3_and_keeps_the_champion(up: Up) -> None:
     assert last_json(refused.stdout)["error"]["type"] == "ReleaseRefusedError"
     assert "release.min_gain" in refused.stderr.splitlines()[-1]
     assert last_json(ekiben(up.home, "status", "--version", "champion", "--json").stdout)["version"] == "1"
+
+
+def test_rollback_returns_a_loaded_server_to_the_exact_vectors_in_one_command(up: Up, tmp_path: Path) -> None:
+    """A plain `bentoml serve` follows the champion; a second version comes, and goes, under the eyes of its callers."""
+    words = (ROOT / "data" / "sample" / "profiles.csv").read_text().split()
+    texts = [" ".join(words[start : start + 9]) for start in range(0, 900, 9)]
+    settings = {"EKIBEN_FOLLOW": "champion", "EKIBEN_FOLLOW_EVERY_S": "0.5", "EKIBEN_CACHE_MB": "0"}
+
+    def embed() -> Any:
+        return np.asarray(httpx.post(f"{server.url}/encode", json={"texts": texts}, timeout=60).json()["embeddings"])
+
+    def wait_for(version: str) -> str:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            info = httpx.get(f"{server.url}/models/info", timeout=30).json()
+            if info["live"].startswith(f"ekiben:{version}-") and len(info["models"]) == 1:
+                return str(info["live"])
+            time.sleep(0.2)
+        raise AssertionError(info)
+
+    with serve("ekiben:latest", up.home / "bentoml", tmp_path / "served", settings) as server:
+        first = wait_for("1")
+        before = embed()
+        trained = ekiben(up.home, "train", *SAMPLE, "--set", "train.steps=8", "--set", "train.seed=7", "--json")
+        assert trained.returncode == 0, trained.stderr
+        with Traffic(server.url, texts, connections=4, models=(None, "champion")) as traffic:
+            released = ekiben(up.home, "release", "--run", "2", *LENIENT, "--json")
+            assert released.returncode == 0, released.stderr
+            second = wait_for("2")
+            other = embed()
+            rolled_back = ekiben(up.home, "rollback", "--reason", "a test of the way back", "--json")
+            assert rolled_back.returncode == 0, rolled_back.stderr
+            wait_for("1")
+            after = embed()
+    assert (np.abs(other - before).max(axis=1) > 1e-3).any(), "the second version has other vectors"
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    assert {shot.model for shot in traffic.shots} == {first, second}
+    assert find_wrong(traffic.shots, {first: before, second: other}, atol=TOLERANCE) == []
+    assert last_json(ekiben(up.home, "status", "--version", "champion", "--json").stdout)["version"] == "1"
+    acts = last_json(ekiben(up.home, "history", "--json").stdout)
+    assert "a test of the way back" in json.dumps(acts)
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, tiny_model_path: Path) -> None:
