@@ -27,6 +27,7 @@ from flows.core.certification import compare_batches, gather_texts
 from flows.core.dataset import Part
 from flows.core.evaluation import Encode, bootstrap_gain, primary_metric, score_part
 from flows.core.export import MODEL_FILE
+from flows.core.heldout import FrozenTest
 from flows.core.quantization import Quantized, quantize
 from flows.errors import one_line
 from flows.params import EvaluateParams, ReleaseParams
@@ -34,7 +35,6 @@ from flows.params import EvaluateParams, ReleaseParams
 INT8_FILE = "model.int8.onnx"
 METRICS = ("spearman", "ndcg_at_10")
 MAX_PAIRS = 1500  # of the test set that are scored twice
-SAMPLE_SEED = 8
 SPEED_TEXTS = 24
 SPEED_BATCH = 8  # texts a batch, of similar length: as the server makes them under load
 SPEED_ROUNDS = 5
@@ -189,9 +189,7 @@ def _describe(made: Quantized) -> dict[str, int]:
 
 def _sample(test: Part) -> Part:
     """Limit the pairs: the loss of 1500 is known to a few ten-thousandths."""
-    if len(test.pairs) <= MAX_PAIRS:
-        return test
-    return Part(test.pairs.sample(MAX_PAIRS, random_state=SAMPLE_SEED), test.retrieval)
+    return FrozenTest(test, None, None).limit(MAX_PAIRS).part
 
 
 def _prompted(text: str, manifest: Manifest) -> str:
