@@ -13,7 +13,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -78,16 +78,34 @@ class Retraining:
         base = load_base_model(train.base_model, max_tokens=train.max_tokens)
         self._base = self._score(make_encode(base, EvaluateParams().batch_size))
 
-    def run(self, keys: Sequence[str] = ()) -> dict[str, Any]:
-        """Make the champion and every model, or only those with the keys named, and return the results."""
+    def run(self, keys: Sequence[str] = (), *, save_to: Path | None = None) -> dict[str, Any]:
+        """Make the champion and every model, or only those with the keys named, and return the results.
+
+        They are saved after each model: what was measured before an interruption is kept.
+        """
         begun = time.monotonic()
-        spaces = self._each(
-            [self.champion, *(each for each in self.variants if not keys or each.key in keys)], self._compare
-        )
-        smaller = self._each([each for each in self.smaller if not keys or each.key in keys], self._cost)
+        results = self._describe()
+        tasks = [("spaces", self.champion, self._compare)]
+        tasks += [("spaces", each, self._compare) for each in self.variants if not keys or each.key in keys]
+        tasks += [("smaller", each, self._cost) for each in self.smaller if not keys or each.key in keys]
+        for table, variant, measure in tasks:
+            started = time.monotonic()
+            try:
+                row = measure(variant)
+            except NotCertifiedError:
+                logger.warning("%s: not certified, left out", variant.title)
+                continue
+            about = {"key": variant.key, "title": variant.title, "train": variant.train.model_dump(mode="json")}
+            results[table].append(about | row)
+            results["minutes"] = (time.monotonic() - begun) / 60
+            if save_to is not None:
+                save_to.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            logger.info("%s: %.0f s", variant.title, time.monotonic() - started)
+        return results
+
+    def _describe(self) -> dict[str, Any]:
         return {
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "minutes": (time.monotonic() - begun) / 60,
             "machine": describe_machine(),
             "versions": {name: version(name) for name in PACKAGES},
             "data": {
@@ -98,23 +116,9 @@ class Retraining:
             "train": self._train.model_dump(mode="json"),
             "metric": self.metric,
             "base": self._base.metrics[self.metric],
-            "spaces": spaces,
-            "smaller": smaller,
+            "spaces": [],
+            "smaller": [],
         }
-
-    def _each(self, variants: Sequence[Variant], measure: Callable[[Variant], dict[str, Any]]) -> list[dict[str, Any]]:
-        rows = []
-        for variant in variants:
-            begun = time.monotonic()
-            try:
-                found = measure(variant)
-            except NotCertifiedError:
-                logger.warning("%s: not certified, left out", variant.title)
-                continue
-            rows.append({"key": variant.key, "title": variant.title, "train": variant.train.model_dump(mode="json")})
-            rows[-1] |= found
-            logger.info("%s: %.0f s", variant.title, time.monotonic() - begun)
-        return rows
 
     def _compare(self, variant: Variant) -> dict[str, Any]:
         """A row of the first table: quality, and the relation to the champion's space."""
@@ -179,10 +183,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         known = [variant.key for variant in (*benchmark.variants, *benchmark.smaller)]
         if unknown := set(options.only) - set(known):
             sys.exit(f"error: --only has {', '.join(sorted(unknown))}; allowed are {', '.join(known)}")
-        results = benchmark.run(options.only)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
+        return benchmark.run(options.only, save_to=options.json)
 
 
 def _name(path: Path | None) -> str | None:
@@ -201,7 +202,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="of the champion (default %(default)s)")
     parser.add_argument("--anchors", type=_split_numbers, default=ANCHORS, help="weights (default 0.3,1,3)")
     parser.add_argument("--only", type=_split, default=(), help="models, such as seed,longer (default all)")
-    parser.add_argument("--json", type=Path, help="where the results go, every figure of them")
+    parser.add_argument("--json", type=Path, help="where the results go, after each model")
     parser.add_argument("--render", type=Path, help="measure nothing; write the tables of these results")
     options = parser.parse_args(arguments)
     if not (options.train or options.retrieval or options.render):

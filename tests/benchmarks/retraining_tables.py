@@ -101,7 +101,7 @@ def _share(row: Row, name: str) -> str:
 def _kept_ndcg(row: Row) -> str:
     """By the labels: new queries among old vectors, as a share of what the old queries reach."""
     figures = _figures(row)
-    share = figures["ndcg"] / figures["old_ndcg"] if figures.get("ndcg") and figures.get("old_ndcg") else None
+    share = figures["ndcg"] / figures["old_ndcg"] if "ndcg" in figures and figures["old_ndcg"] else None
     return _percent(share, figures.get("ndcg_share_low"))
 
 
