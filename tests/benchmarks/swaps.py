@@ -210,7 +210,7 @@ def _describe_memory(result: Result) -> str:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Latency over time; each swap is a stripe."""
-    figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.4 * len(results) + 0.5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.4 * len(results) + 0.5), squeeze=False)
     for axis, result in zip(axes[:, 0], results, strict=True):
         for swap in result.swaps:
             axis.axvspan(swap.began_s, swap.began_s + swap.seconds, color="#efc9b6", linewidth=0)
@@ -226,12 +226,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.plot(at, p99, color="#c1440e", linewidth=1, label="p99")
         axis.plot(at, p50, color="#3b6ea5", linewidth=1, label="p50")
         axis.axhline(2 * result.p99_ms, color="#777777", linewidth=0.8, linestyle=":", label="2 x p99 before")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * max(2 * result.p99_ms, *p99))
         axis.set_title(f"{result.workers} worker{'s' if result.workers > 1 else ''}", fontsize=9, loc="left")
         axis.set_ylabel("ms", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, loc="lower right", frameon=False, ncols=3)
+    axes[0, 0].legend(fontsize=7, loc="upper left", frameon=False)
     axes[-1, 0].set_xlabel("seconds; the stripes are swaps, with the version that they lead to", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -245,20 +245,35 @@ def main() -> None:
     parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="seconds before the first swap (default 20)")
     parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="seconds after each swap (default 5)")
     parser.add_argument("--json", type=Path, help="where all figures go")
+    parser.add_argument(
+        "--render", type=Path, help="measure nothing; write the table and the picture from these figures"
+    )
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    facts = json.loads(options.render.read_text(encoding="utf-8")) if options.render else measure_all(options)
+    results = [read_result(figures) for figures in facts["results"]]
+    draw(results, options.picture)
+    machine = facts["machine"]
+    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB\n\n{write_table(results)}")  # noqa: T201
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every number of workers; the figures, with the machine that they were measured on."""
     with tempfile.TemporaryDirectory(prefix="ekiben-swaps-") as name:
         home, tags = make_home(Path(name))
         times = {"quiet_s": options.quiet_s, "pause_s": options.pause_s}
         results = [measure(home, tags, Path(name), workers=count, **times) for count in options.workers]
-    draw(results, options.picture)
-    facts: dict[str, Any] = {"machine": describe_machine(), "results": [asdict(result) for result in results]}
+    facts = {"machine": describe_machine(), "results": [asdict(result) for result in results]}
     if options.json:
         options.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    machine = facts["machine"]
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB\n\n{write_table(results)}")  # noqa: T201
+    return facts
+
+
+def read_result(figures: dict[str, Any]) -> Result:
+    """What was written as JSON."""
+    return Result(**{**figures, "swaps": [Swap(**swap) for swap in figures["swaps"]]})
 
 
 if __name__ == "__main__":
