@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	@touch $@
 
 test: setup ## the tests, in under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: setup ## the tests that train and serve the real model
 	$(BIN)/python -m pytest -m "slow and not heavy"
