@@ -106,7 +106,7 @@ def _draw_front_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], cost: str, 
     for group, colour, label in ((behind, "#AAAAAA", "behind the front"), (front, TUNED_COLOUR, "on the front")):
         if group:
             axes.scatter(
-                [row[cost] for row in group], [row["value"] for row in group], s=46, color=colour, zorder=3, label=label
+                [row[cost] for row in group], [row["value"] for row in group], s=46, color=colour, zorder=5, label=label
             )
     taken = [row for row in rows if row["taken"]]
     if taken:
@@ -117,7 +117,7 @@ def _draw_front_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], cost: str, 
             facecolors="none",
             edgecolors=BASE_COLOUR,
             linewidths=2.2,
-            zorder=4,
+            zorder=6,
             label="taken",
         )
     if limit is not None:
@@ -132,6 +132,7 @@ def _draw_front_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], cost: str, 
             textcoords="offset points",
             ha="right" if side < 0 else "left",
             fontsize=8,
+            zorder=4,  # under the points
             bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
     axes.set_xscale("log")
