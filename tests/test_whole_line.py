@@ -277,6 +277,35 @@ def test_rollback_returns_a_loaded_server_to_the_exact_vectors_in_one_command(up
     assert "a test of the way back" in json.dumps(acts)
 
 
+def test_a_release_that_is_killed_while_it_measures_leaves_no_server_and_goes_on(up: Up, tmp_path: Path) -> None:
+    trained = ekiben(up.home, "train", *SAMPLE, "--set", "train.steps=2", "--set", "train.seed=9", "--json")
+    assert trained.returncode == 0, trained.stderr
+    version = last_json(trained.stdout)["version"]
+    command = ["release", "--run", version, *LENIENT, "--json"]
+    with (tmp_path / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [EKIBEN, *command], cwd=ROOT, env=environment(up.home), stdout=subprocess.DEVNULL, stderr=errors
+        )
+        served: list[psutil.Process] = []
+        deadline = time.monotonic() + 300
+        while not served and process.poll() is None and time.monotonic() < deadline:
+            children = psutil.Process(process.pid).children(recursive=True)
+            served = [
+                child for child in children if "serve" in child.cmdline() and "bentoml" in " ".join(child.cmdline())
+            ]
+            time.sleep(0.1)
+        assert served, (tmp_path / "stderr").read_text()
+        time.sleep(2)
+        served += [grandchild for child in served for grandchild in child.children(recursive=True)]
+        process.kill()
+        process.wait()
+    assert not psutil.wait_procs(served, 60)[1], "a server has outlived the release that started it"
+    assert last_json(ekiben(up.home, "status", "--version", "champion", "--json").stdout)["version"] == "1"
+    again = ekiben(up.home, *command)
+    assert again.returncode == 0, again.stderr
+    assert last_json(ekiben(up.home, "status", "--version", "champion", "--json").stdout)["version"] == version
+
+
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, tiny_model_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.csv")
     arguments = ["tune", "--pairs", str(pairs), "--json"]
