@@ -175,6 +175,12 @@ def look_into(folder: Path) -> dict[str, Any]:
     return found
 
 
+def stamp_files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when a file is written, and does not when it is read."""
+    found = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
 def list_artifacts(tracker: Tracker, run_id: str, folder: str | None = None) -> Iterator[str]:
     for item in tracker._client.list_artifacts(run_id, folder):
         if item.is_dir:
@@ -282,9 +288,9 @@ def test_a_challenger_becomes_champion_without_a_touch_to_what_servers_have_seen
     assert challenger.version == "2"
     assert champion_loads(world, "1") == "1"
     folder = world.bento_home / "models" / "ekiben-model" / f"2-{challenger.run_id[:8]}"
-    before = {path.name: path.stat() for path in folder.iterdir()}
+    before = stamp_files(folder)
     promoted = world.finish("flows.release:release", RELEASE)
-    assert {path.name: path.stat() for path in folder.iterdir()} == before
+    assert stamp_files(folder) == before
     assert not {"measure_bentos", "install"} & set(map(name_of, steps_of(promoted.log.with_suffix(".steps"))))
     champion_loads(world, "2")
     assert [act.kind for act in read_history(tracker)] == ["release", "challenger", "release"]
