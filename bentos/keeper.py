@@ -68,7 +68,7 @@ class Keeper:
         """Load what is to be served, and keep it so until `stop`."""
         await self._worker.join(self._choose_first, self._choose_own)
         settings = self._settings
-        self.shelf.followed = settings.follow
+        self.shelf.followed = settings.follow or None
         for alias, live in ((settings.follow, True), (settings.shadow, False)):
             if alias:
                 parts = (self.crew, self._swaps, self._refusals, settings, self._observer)

@@ -69,9 +69,15 @@ class Refusals:
         return known.get(tag)
 
     def refuse(self, tag: str, reason: str, fingerprint: str, *, beside_only: bool = False) -> Refusal:
-        """Take note of a version that is not served; each time in a row it has to wait twice as long as before."""
+        """Take note of a version that is not served; each time in a row it has to wait twice as long as before.
+
+        An empty fingerprint says that it is not known: the one that was noted before holds.
+        """
         with self._locked():
-            return self._note(self._recall(), tag, reason, fingerprint, beside_only=beside_only)
+            known = self._recall()
+            if not fingerprint and tag in known:
+                fingerprint = known[tag].fingerprint
+            return self._note(known, tag, reason, fingerprint, beside_only=beside_only)
 
     def restore(self, tag: str, before: Refusal | None) -> None:
         """After a try that has shown nothing about the version: what was known before holds again."""

@@ -74,7 +74,7 @@ class Shelf:
     def __init__(self) -> None:
         self.refusal = STARTING  # why there is no live version, while there is none
         self.aliases: Mapping[str, str] = {}  # alias -> tag, as the registry was last seen
-        self.followed = ""  # alias that the live version follows
+        self.followed: str | None = None  # alias that the live version follows
         self._copies: dict[str, Copy] = {}  # tag -> copy, without those that leave
         self._by_encoder: dict[Encoder, Copy] = {}
         self._by_name: Mapping[str, Copy] | None = None  # None: to be made again
@@ -104,7 +104,7 @@ class Shelf:
             name_of_field: the request's field, for the error.
             name: the model's name (the live version), an alias, a tag such as `ekiben:3-1f2e3d4c`, `3-1f2e3d4c`, `3`,
                 `v3`, or a run id. The alias that is followed means the live version as long as the one that it names
-                now is not here: while that is fetched, or when it was refused.
+                now is not here: before it was looked up, while it is fetched, or when it was refused.
 
         Raises:
             UnknownModelError: when no such version is loaded; lists those that are.
@@ -116,7 +116,7 @@ class Shelf:
             found = self._named().get(self.aliases.get(name, name))
             if found is not None:
                 copy = found
-            elif name != self.followed or name not in self.aliases:
+            elif name != self.followed:
                 raise self._unknown(name_of_field, name)
         copy.used_at = time.monotonic()
         return copy.encoder
@@ -125,7 +125,7 @@ class Shelf:
         """Every alias that a request may name, and what it means."""
         named = {copy.tag: copy.encoder for copy in self._visible()}
         known = {alias: named[tag] for alias, tag in self.aliases.items() if tag in named}
-        if self.followed in self.aliases and self._live is not None:
+        if self.followed is not None and self._live is not None:
             known.setdefault(self.followed, self._live.encoder)
         return dict(sorted(known.items()))
 

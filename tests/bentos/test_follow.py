@@ -111,7 +111,7 @@ def on_stage(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         source = FlakySource(home, "ekiben")
         follower = Follower(alias, source, crew, swaps, refusals, settings, notes, live=live)
         stage = Stage(home, shelf, crew, swaps, source, follower, refusals, notes)
-        shelf.followed = alias if live else ""
+        shelf.followed = alias if live else None
         first = Item(tag=read_manifest(stage.box("1")).tag, path=stage.box("1"))
         await worker.join(lambda: first, lambda: first)
         task = asyncio.create_task(worker.run())

@@ -75,6 +75,14 @@ def test_a_try_that_has_shown_nothing_leaves_what_was_known(refusals: Refusals) 
     assert refusals.read() == {TAG: refused}
 
 
+def test_a_refusal_by_hand_that_knows_no_files_leaves_those_that_were_noted(refusals: Refusals) -> None:
+    refusals.refuse(TAG, "wrong hash", "a")
+    refusals.refuse(TAG, "layout 9", "")
+    refusal = refusals.must_wait(TAG, "a", live=True)
+    assert refusal is not None
+    assert (refusal.reason, refusal.attempts) == ("layout 9", 2)
+
+
 def test_what_is_too_large_to_stand_beside_may_become_live(refusals: Refusals) -> None:
     refusals.refuse(TAG, "too large", "a", beside_only=True)
     assert refusals.must_wait(TAG, "a", live=True) is None

@@ -119,6 +119,7 @@ def test_the_alias_that_is_followed_means_the_live_version_until_the_next_one_is
         with pytest.raises(UnknownModelError):
             shelf.choose("model", "champion")
         shelf.followed = "champion"
+        assert shelf.choose("model", "champion") is one, "before anybody has looked it up"
         shelf.aliases = {"champion": tag(one)}
         assert shelf.choose("model", "champion") is one
         shelf.aliases = {"champion": tag(two), "challenger": tag(two)}
