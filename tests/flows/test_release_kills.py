@@ -364,7 +364,7 @@ def test_a_release_that_is_killed_at_any_moment_ends_like_an_undisturbed_one(wor
 
 
 # One of each kind: packing, the box, staging, the store, MLflow's artifacts, the registry, this machine.
-FULL_AT = ("replaced_folder", "put_folder", "replace_files", "stage_bento", "install", "log_folder", "write_alias")
+FULL_AT = ("pack_lunchbox", "put_folder", "replace_files", "stage_bento", "install", "log_folder", "write_alias")
 GONE_AT = ("Tracker.claim", "Tracker.log_metrics", "Tracker.log_folder", "Tracker.set_model_tag", "Tracker.set_alias")
 
 
