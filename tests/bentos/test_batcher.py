@@ -630,12 +630,23 @@ def test_a_tokenizer_that_dies_fails_one_request_and_is_replaced() -> None:
 
 
 def test_a_long_request_is_tokenized_in_turns_with_short_ones_between() -> None:
-    model = FakeModel()
+    class Held(FakeModel):
+        """Tokenizes nothing until both requests have come."""
+
+        both = threading.Event()
+
+        def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+            assert self.both.wait(10)
+            return super().tokenize(texts)
+
+    model = Held()
 
     async def test(batcher: Batcher) -> None:
         long = asyncio.create_task(batcher.embed([f"{n} " * 15_000 for n in range(10)]))
         await asyncio.sleep(0)
-        short = embed(batcher, [77])
+        short = asyncio.ensure_future(embed(batcher, [77]))
+        await asyncio.sleep(0.05)
+        model.both.set()
         await asyncio.gather(long, short)
 
     run(test, model)
