@@ -120,6 +120,6 @@ def _find_knee(front: Sequence[Point], min_improvement: float) -> Point:
     def height(point: Point) -> float:
         gained = (point.quality - worst) / quality_span if quality_span else 0.0
         paid = (point.log_cost - cheapest) / cost_span if cost_span else 0.0
-        return gained - paid
+        return round(gained - paid, 9)  # of points on one line the best one, whatever the rounding
 
     return max(front, key=lambda point: (height(point), point.quality, -point.number))

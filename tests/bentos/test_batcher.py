@@ -670,7 +670,7 @@ def test_what_waits_is_told() -> None:
 
 
 def test_stopping_finishes_the_batches_in_flight_and_refuses_the_rest() -> None:
-    model = FakeModel(gated=True)
+    model, before = FakeModel(gated=True), set(threading.enumerate())  # other tests may have left some that end later
 
     async def main() -> None:
         batcher = Batcher(model, make_limits())
@@ -693,4 +693,5 @@ def test_stopping_finishes_the_batches_in_flight_and_refuses_the_rest() -> None:
 
     asyncio.run(main())
     assert model.texts == [[1]]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ekiben-") and thread.is_alive()]
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("ekiben-") and thread not in before]
+    assert not [thread for thread in ours if thread.is_alive()]
