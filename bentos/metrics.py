@@ -155,6 +155,13 @@ class ServeMetrics(Observer):
             multiprocess_mode="livemax",
         )
         self._refused_tags: set[str] = set()
+        self._follow = Gauge(
+            "ekiben_follow_info",
+            "1 for the alias that is followed; nothing when none is.",
+            ["alias"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         self._follow_seen = Gauge(
             "ekiben_follow_seen_timestamp_seconds",
             "When the alias that is followed was last read, in seconds since 1970; 0 before, or when none is followed.",
@@ -281,6 +288,10 @@ class ServeMetrics(Observer):
             self._version_refused.labels(tag).set(tag in tags)
         self._refused_tags |= set(tags)
 
+    def set_alias(self, alias: str) -> None:
+        """Take note of the alias that is followed."""
+        self._follow.labels(alias).set(1)
+
     def set_followed(self, seen_at: float | None, failures: int) -> None:
         """Take note of when the alias was last read, in seconds since 1970, and how often in a row it was not since."""
         self._follow_seen.set(seen_at or 0.0)
@@ -305,4 +316,7 @@ def open_metrics(settings: ServeSettings, routes: Collection[str]) -> ServeMetri
     if folder is not None and (own := open_server_folder(FOLDER_PREFIX)) is not None:
         use_prometheus_folder(own)
         folder = own
-    return ServeMetrics(routes, folder)
+    metrics = ServeMetrics(routes, folder)
+    if settings.follow:
+        metrics.set_alias(settings.follow)
+    return metrics

@@ -17,8 +17,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bentos.manifest import Manifest
-from bentos.metrics import ServeMetrics
+from bentos.metrics import ServeMetrics, open_metrics
 from bentos.observer import BatchRecord, Version
+from bentos.settings import ServeSettings
 from tests.serving import Server, serve
 
 ROUTES = ("/encode", "/health")
@@ -51,6 +52,7 @@ NAMES = {
     "ekiben_model_live",
     "ekiben_swaps_total",
     "ekiben_version_refused",
+    "ekiben_follow_info",
     "ekiben_follow_seen_timestamp_seconds",
     "ekiben_follow_failures",
     "ekiben_ready",
@@ -86,6 +88,7 @@ def exercise(metrics: ServeMetrics, manifest: Manifest) -> None:
     metrics.set_versions([Version(manifest, "fp32", live=True)])
     metrics.record_swap("done")
     metrics.set_refused(["ekiben:9-12345678"])
+    metrics.set_alias("champion")
     metrics.set_followed(1.0, 0)
     metrics.set_ready(True)
 
@@ -191,6 +194,13 @@ def test_a_version_that_is_served_after_all_is_not_refused_any_more(metrics: Ser
     assert value(metrics, "ekiben_version_refused", model="ekiben:2-12345678") == 1
     metrics.set_refused([])
     assert value(metrics, "ekiben_version_refused", model="ekiben:2-12345678") == 0
+
+
+@pytest.mark.parametrize(("follow", "shown"), [("", {}), ("champion", {"champion": 1.0})], ids=["none", "champion"])
+def test_the_alias_that_is_followed_is_told(follow: str, shown: dict[str, float]) -> None:
+    metrics = open_metrics(ServeSettings(follow=follow), ROUTES)
+    families = {family.name: family.samples for family in metrics.registry.collect()}
+    assert {sample.labels["alias"]: sample.value for sample in families["ekiben_follow_info"]} == shown
 
 
 def test_lanes_and_stages_begin_at_zero(metrics: ServeMetrics) -> None:
