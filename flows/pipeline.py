@@ -27,7 +27,15 @@ def pipeline(
     tune: TuneParams = TuneParams(),  # noqa: B008
     release: ReleaseParams = ReleaseParams(),  # noqa: B008
 ) -> PipelineResult:
-    """Search for the best candidate on the data, then put it through the gates and into a Bento."""
+    """Search for the best candidate on the data, then put it through the gates and into a Bento.
+
+    Args:
+        data: Which texts and labels, and how they are split: `pairs`, `retrieval`, or `profiles` with `judgements`.
+        train: The first candidate; what the search space does not name stays so in all of them.
+        evaluate: How the candidate that is taken is scored on the held-out rows.
+        tune: Budget and space of the search, the costs it minimises, and the policy that takes one of the trials.
+        release: What the candidate must prove, and what it becomes: champion or challenger.
+    """
     study = tune_flow(data=data, train=train, evaluate=evaluate, tune=tune, release=release)
     shipped = release_flow(run=study.run_id, release=release)
     return PipelineResult(tune=study, release=shipped)

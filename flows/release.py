@@ -74,8 +74,10 @@ def release(
 ) -> ReleaseResult:
     """Put a registered model through the gates and into a Bento, and make it the champion.
 
-    `run` is an MLflow run or a version; without it, the best version on the data of the newest one. A dry run asks all
-    gates, also after one that refuses, and leaves nothing behind.
+    Args:
+        run: An MLflow run or a version; without it, the best version on the data of the newest one.
+        release: What the model must prove, and what it becomes: champion or challenger.
+        dry_run: Ask all gates, also after one that refuses, and leave nothing behind.
     """
     settings = load_settings()
     export_environment(settings)

@@ -49,7 +49,12 @@ def rollback(
 ) -> RollbackResult:
     """Make an earlier version the champion again, for servers that follow it and for those that are named.
 
-    Without `to` it is the version that the champion has replaced. The admin key comes from EKIBEN_ADMIN_KEY or a file.
+    Args:
+        reason: Why: it stands in the history, and by it a rollback that is given twice is known.
+        to: The version to go back to; without it, the one that the champion has replaced.
+        servers: Addresses of servers that follow no alias: each is told to load the version. The others find out.
+        admin_key_file: File on the machine of the run whose first line is the key for `servers`; without it, the key is
+            EKIBEN_ADMIN_KEY.
     """
     settings = load_settings()
     export_environment(settings)

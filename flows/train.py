@@ -52,7 +52,13 @@ def train(
     train: TrainParams = TrainParams(),  # noqa: B008 - frozen; Prefect shows it as the form's default
     evaluate: EvaluateParams = EvaluateParams(),  # noqa: B008
 ) -> TrainResult:
-    """Fine-tune one base model on labelled texts, score it against that base model, and register it."""
+    """Fine-tune one base model on labelled texts, score it against that base model, and register it.
+
+    Args:
+        data: Which texts and labels, and how they are split: `pairs`, `retrieval`, or `profiles` with `judgements`.
+        train: The base model and how it is fine-tuned.
+        evaluate: How the model is scored on the held-out rows.
+    """
     settings = load_settings()
     export_environment(settings)
     dataset = preprocess(load(data), data)

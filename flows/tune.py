@@ -72,8 +72,13 @@ def tune(
 ) -> TuneResult:
     """Search for the parameters that score best on dev and cost least; a study that was interrupted goes on.
 
-    Of `release` only what it asks of int8 counts: candidates of the precision `auto` are scored by it as they would be
-    served.
+    Args:
+        data: Which texts and labels, and how they are split: `pairs`, `retrieval`, or `profiles` with `judgements`.
+        train: The first candidate; what the search space does not name stays so in all of them.
+        evaluate: How the candidate that is taken is scored on the held-out rows.
+        tune: Budget and space of the search, the costs it minimises, and the policy that takes one of the trials.
+        release: Only what it asks of int8 counts: candidates of the precision `auto` are scored by it as they would be
+            served.
     """
     settings = load_settings()
     export_environment(settings)
