@@ -12,10 +12,12 @@ RUN python -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir "uv
 COPY bento/env/python/requirements.txt constraints.txt /build/
 # Such as opentelemetry-exporter-otlp-proto-http, for EKIBEN_TRACING=otlp.
 ARG EXTRA_PACKAGES=""
-# Compiled here, because a read-only container could not keep what Python compiles.
+# Compiled here, because a read-only container could not keep what Python compiles. Tornado's tests bring a private key along,
+# which every scanner of images reports.
 RUN python -m venv --without-pip /opt/ekiben \
     && /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --compile-bytecode \
-        --requirement /build/requirements.txt --constraint /build/constraints.txt ${EXTRA_PACKAGES}
+        --requirement /build/requirements.txt --constraint /build/constraints.txt ${EXTRA_PACKAGES} \
+    && rm -rf /opt/ekiben/lib/python3*/site-packages/tornado/test
 COPY bento/src /app/bento/src
 RUN /opt/ekiben/bin/python -m compileall -q --invalidation-mode unchecked-hash /app/bento/src
 
