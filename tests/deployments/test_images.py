@@ -16,10 +16,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from bentos.engine import Engine as Onnx
+from tests.bentos.shelves import make_successor
+from tests.bentos.test_swap_registry import put
 from tests.deployments.conftest import ROOT, Images
 from tests.deployments.engine import Container, Engine
+from tests.registry import run_mlflow
 
 pytestmark = pytest.mark.container
 
@@ -145,6 +149,30 @@ def test_it_answers_what_it_was_asked_before_it_was_told_to_end(serve: Serve, im
     assert answers, container.logs()
     assert answers[0].status_code == 200, answers[0].text[:500]
     assert len(answers[0].json()["embeddings"]) == len(texts)
+
+
+def test_it_follows_a_registry_and_keeps_what_it_fetched_in_its_volume(
+    serve: Serve, images: Images, tiny_lunchbox_path: Path, mlflow_template: Path, tmp_path: Path
+) -> None:
+    successor = make_successor(tmp_path / "successor", images.manifest)
+    with run_mlflow(mlflow_template, tmp_path / "mlflow") as uri:
+        client = MlflowClient(uri)
+        experiment = client.create_experiment("images")
+        client.create_registered_model("ekiben")
+        put(client, experiment, tiny_lunchbox_path, "1", tmp_path)
+        two = put(client, experiment, successor, "2", tmp_path).manifest
+        client.set_registered_model_alias("ekiben", "champion", "2")
+        follow = {"EKIBEN_FOLLOW": "champion", "EKIBEN_FOLLOW_EVERY_S": "0.2", "MLFLOW_TRACKING_URI": uri}
+        container = serve(images.trimmed, *LOCKED_DOWN, **follow)
+        container.wait_ready()
+        deadline = time.monotonic() + 120
+        while (answer := httpx.post(f"{container.url}/encode", json={"texts": TEXTS}, timeout=30)).headers[
+            "x-ekiben-model"
+        ] != two.tag:
+            assert time.monotonic() < deadline, container.logs()
+            time.sleep(0.1)
+    np.testing.assert_allclose(answer.json()["embeddings"], Onnx(successor, two).embed(TEXTS), rtol=0, atol=1e-6)
+    assert two.bento_version in container.engine.run("exec", container.name, "ls", "/state").stdout
 
 
 def test_labels_lead_back_from_the_image(engine: Engine, images: Images) -> None:
