@@ -1,4 +1,4 @@
-"""Fetch the version that EKIBEN_FOLLOW names before the server of this pod starts, so that its first answer is that one's.
+"""Fetch the version that EKIBEN_FOLLOW names before the server of this pod starts: its first answer is that one's.
 
 A server begins with what the alias names when that is on its disk, else with the version of its image, until it has
 fetched the other one. In a fleet that would mean vectors of two versions behind one address for a while, whenever a pod
@@ -28,7 +28,7 @@ def main() -> None:
     try:
         pointer = source.look(settings.follow)
         if pointer is None:
-            tell(f"{source.name} has no {settings.follow} of {settings.model_name} yet: the image's version will be served")
+            tell(f"{source.name} has no {settings.follow} yet: the image's version will be served")
             return
         tell(f"{settings.follow} is {pointer.bento_version}, in {source.fetch(pointer)}")
     except (RegistryError, LunchboxError, UnknownVersionError, OSError) as error:
