@@ -9,12 +9,15 @@ RUN python -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir "uv
 ARG TORCH_BACKEND=cpu
 # Wheels of your own: `build.py line -- --volume /my/wheels:/wheels:ro --build-arg UV_FIND_LINKS=/wheels` (podman).
 ARG UV_FIND_LINKS
+# What the work pools `docker` and `kubernetes` need besides; a worker could not install it in a read-only container.
+ARG EXTRA_PACKAGES="prefect-docker prefect-kubernetes"
 COPY pyproject.toml deployments/requirements.lock /build/
 # uv is among the packages because `bentoml build`, at the end of a release, asks for it, and would else want to install it.
 RUN python -m venv --without-pip /opt/ekiben \
     && /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --compile-bytecode \
         ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} \
-        --requirement /build/pyproject.toml --extra train --constraint /build/requirements.lock "uv==${UV_VERSION}"
+        --requirement /build/pyproject.toml --extra train --constraint /build/requirements.lock \
+        "uv==${UV_VERSION}" ${EXTRA_PACKAGES}
 COPY . /app
 # Editable: the code that runs is the one in /app, beside bentofile.yaml and the data.
 RUN /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --no-deps --editable /app \

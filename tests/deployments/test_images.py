@@ -230,6 +230,7 @@ def test_only_what_is_named_travels_into_the_images_of_the_project(
     assert not {f"./{name}" for name in planted} & found
     needed = {"flows/cli.py", "bentos/service.py", "bentos/ui/index.html", "bentofile.yaml", "pyproject.toml"}
     needed |= {"data/sample/profiles.csv", "deployments/requirements.lock", "deployments/params/quick.yaml"}
+    needed |= {"deployments/prefect/setup.py", "deployments/images/mlflow-entrypoint.py"}
     assert {f"./{name}" for name in needed} <= found
     with contextlib.suppress(AssertionError):
         engine.run("rmi", "ekiben-context:test")
