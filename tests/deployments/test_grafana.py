@@ -45,8 +45,6 @@ PANELS = [
     for panel in dashboard["panels"]
     if panel["type"] != "row"
 ]
-# Panels about what has not happened in the small line that the slow test watches.
-MAY_BE_EMPTY: set[str] = set()
 UNITS = {"none", "s", "reqps", "cps", "percentunit"}
 KINDS = {"timeseries", "stat", "table"}
 COLUMNS = 24
@@ -305,7 +303,7 @@ def test_a_real_prometheus_has_an_answer_for_every_panel_and_no_trouble_with_any
                         answers = [each["value"][1] for each in prometheus.query(expression)]
                         if not [answer for answer in answers if answer != "NaN"]:
                             empty.setdefault(panel["title"], []).append(expression)
-                return set(empty) <= MAY_BE_EMPTY
+                return not empty
 
             wait_for(find_empty, lambda: empty)
             assert {rule["health"] for rule in prometheus.rules()} == {"ok"}
@@ -316,7 +314,7 @@ def test_a_real_prometheus_has_an_answer_for_every_panel_and_no_trouble_with_any
             assert [alert["flow"] for alert in firing["EkibenRunFailed"]] == ["train"]
             assert "EkibenSpaceMismatch" in firing
             assert not {"EkibenNotReady", "EkibenLaneRestarted", "EkibenEncoderDown"} & set(firing)
-            assert "error" not in json.dumps(firing).lower()  # a text that cannot be filled in says so
+            assert "<error" not in json.dumps(firing)  # that is how a text looks that could not be filled in
 
             # The join of the registry's champion and of what the servers serve.
             behind = next(rule["expr"] for rule in read_rules() if rule.get("alert") == "EkibenChampionNotFollowed")

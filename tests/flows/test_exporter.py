@@ -94,7 +94,7 @@ def test_the_page_explains_each_metric_and_no_other() -> None:
         families = list(text_string_to_metric_families(exporter.scrape()))
     suffix = {"counter": "_total"}
     page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
-    told = {row[1]: row[2] for row in re.finditer(r"^\| `(ekiben_line_[a-z_]+)` \| ([^|]*) \|", page, re.MULTILINE)}
+    told = {row[1]: row[2] for row in re.finditer(r"^\| `(ekiben_line_[a-z_]+)` \|([^|]*)\|", page, re.MULTILINE)}
     assert set(told) == {family.name + suffix.get(family.type, "") for family in families}
     for family in families:
         labels = {name for sample in family.samples for name in sample.labels}
