@@ -34,7 +34,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import WorkQueueFilter
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 
@@ -265,6 +265,10 @@ def main() -> int:
         asyncio.run(set_up(parser.parse_args().automations))
     except SetupError as error:
         sys.stderr.write(f"{error}\n")
+        return 2
+    except PrefectHTTPStatusError as error:
+        cure = " (PREFECT_API_AUTH_STRING must be what the server has)" if error.response.status_code == 401 else ""
+        sys.stderr.write(f"the Prefect server refused{cure}: {error}\n")
         return 2
     return 0
 

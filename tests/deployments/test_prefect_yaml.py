@@ -197,14 +197,17 @@ def test_containers_get_this_version_and_no_secret_from_a_file(pool: str, monkey
     monkeypatch.setenv("EKIBEN_LINE_IMAGE", "registry.example.com/line:7")
     assert _image(pool) == "registry.example.com/line:7"
     template = setup.job_template(pool)
-    values = template["variables"]["properties"]["env"].get("default", {})
-    assert not [name for name in values if re.search("KEY|SECRET|PASSWORD|TOKEN|AUTH", name)]
+    assert template["job_configuration"]["env"] == "{{ env }}"
+    values = template["variables"]["properties"]["env"]["default"]
+    secrets = {
+        name: value for name, value in values.items() if re.search("KEY|SECRET|PASSWORD|TOKEN|AUTH|STORAGE", name)
+    }
     if pool == "docker":  # the worker's own environment fills them in
-        references = template["job_configuration"]["env"]
-        assert references == {name: f"{{{{ ${name} }}}}" for name in references}
+        assert secrets == {name: f"{{{{ ${name} }}}}" for name in secrets}
+        assert {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "EKIBEN_STUDY_STORAGE"} <= set(secrets)
     else:
+        assert secrets == {"PREFECT_API_AUTH_STRING": None}, "the worker would write its own into each job"
         [container] = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
-        assert container["env"] == "{{ env }}"
         assert [next(iter(source)) for source in container["envFrom"]] == ["configMapRef", "secretRef"]
 
 
