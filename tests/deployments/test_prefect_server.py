@@ -260,7 +260,7 @@ def test_set_up_makes_what_the_files_say(line: Line) -> None:
     assert len(line.ask("POST", "/deployments/filter", {})) == len(names)
     assert str(PROJECT_ROOT) not in json.dumps(deployments), "another machine has it elsewhere"
     for deployment in deployments.values():
-        assert deployment["pull_steps"] == [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
+        assert deployment["pull_steps"] == [{"flows.workspace.enter_project": {}}]
         fields = deployment["parameter_openapi_schema"]["properties"]
         assert all(field["title"] and field["description"] for field in fields.values())
         assert deployment["description"]

@@ -157,7 +157,7 @@ def test_schedules_have_a_slug_and_a_time_zone() -> None:
 
 def test_no_path_of_a_machine_is_written_down() -> None:
     [step] = DOCUMENT["pull"]
-    assert step == {"prefect.deployments.steps.set_working_directory": {"directory": "."}}
+    assert step == {"flows.workspace.enter_project": {}}
     assert not any("pull" in entry or "build" in entry or "push" in entry for entry in DEPLOYMENTS.values())
     texts = [text for text in _texts(DOCUMENT["deployments"]) if Path(text).is_absolute() or "~" in text]
     assert texts == []
