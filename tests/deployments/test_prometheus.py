@@ -91,6 +91,14 @@ def test_the_page_has_the_severity_and_the_wait_of_each_alert(alert: str) -> Non
     assert (row[1], row[3].strip()) == (ALERTS[alert]["labels"]["severity"], ALERTS[alert].get("for", "at once"))
 
 
+def test_every_link_into_a_page_finds_its_heading() -> None:
+    docs = ROOT / "docs"
+    links = re.findall(r"\]\(([\w.-]*)#([\w-]+)\)", (docs / "monitoring.md").read_text(encoding="utf-8"))
+    assert len(links) > len(ALERTS)
+    for page, anchor in links:
+        assert anchor in anchors((docs / (page or "monitoring.md")).read_text(encoding="utf-8")), (page, anchor)
+
+
 def anchors(page: str) -> set[str]:
     """The anchors that a Markdown page has, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
