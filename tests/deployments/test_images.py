@@ -125,14 +125,14 @@ def test_it_is_about_half_as_large_as_bentomls_own_and_starts_as_fast(
 
 
 def test_it_answers_what_it_was_asked_before_it_was_told_to_end(serve: Serve, images: Images, engine: Engine) -> None:
-    limits = {"EKIBEN_MAX_TEXTS": "50000", "EKIBEN_QUEUE_TOKENS_BULK": "100000000", "EKIBEN_THREADS": "1"}
-    container = serve(images.trimmed, *LOCKED_DOWN, EKIBEN_BATCH_TEXTS="1", **limits)
+    limits = {"EKIBEN_MAX_TEXTS": "50000", "EKIBEN_QUEUE_TOKENS_BULK": "100000000", "EKIBEN_TIMEOUT_S": "600"}
+    container = serve(images.trimmed, *LOCKED_DOWN, EKIBEN_THREADS="1", EKIBEN_BATCH_TEXTS="1", **limits)
     container.wait_ready()
     texts = [f"{number} trains leave the station for the {number} time" for number in range(20_000)]
     answers: list[httpx.Response] = []
     body = {"texts": texts, "encoding": "base64"}
     asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{container.url}/encode", json=body, timeout=300))
+        target=lambda: answers.append(httpx.post(f"{container.url}/encode", json=body, timeout=600))
     )
     with httpx.Client(base_url=container.url, timeout=30) as idle:  # its connection stays open
         asking.start()
@@ -143,12 +143,23 @@ def test_it_answers_what_it_was_asked_before_it_was_told_to_end(serve: Serve, im
             assert time.monotonic() < deadline, metrics
             assert not answers, "the request ended too early to tell anything"
             time.sleep(0.02)
-        engine.run("stop", "--time", "120", container.name)
+        engine.run("stop", "--time", "300", container.name)
     asking.join(60)
     assert container.state()["ExitCode"] == 0, container.logs()  # 137: it had to be killed
     assert answers, container.logs()
     assert answers[0].status_code == 200, answers[0].text[:500]
     assert len(answers[0].json()["embeddings"]) == len(texts)
+
+
+def test_it_ends_within_what_engines_allow_though_clients_stay_connected(
+    serve: Serve, images: Images, engine: Engine
+) -> None:
+    container = serve(images.trimmed, *LOCKED_DOWN)
+    container.wait_ready()
+    with httpx.Client(base_url=container.url, timeout=30) as idle:
+        assert idle.post("/encode", json={"texts": TEXTS}).status_code == 200
+        engine.run("stop", container.name)  # 10 s, then it is killed
+        assert container.state()["ExitCode"] == 0, container.logs()
 
 
 def test_it_follows_a_registry_and_keeps_what_it_fetched_in_its_volume(
