@@ -11,25 +11,29 @@ ARG TORCH_BACKEND=cpu
 ARG UV_FIND_LINKS
 # What the work pools `docker` and `kubernetes` need besides; a worker could not install it in a read-only container.
 ARG EXTRA_PACKAGES="prefect-docker prefect-kubernetes"
-COPY pyproject.toml deployments/requirements.lock /build/
+COPY deployments/requirements.lock /build/
+COPY pyproject.toml /app/
 # uv is among the packages because `bentoml build`, at the end of a release, asks for it, and would else want to install it.
+# The project comes in editable, so that the code that runs is the one in /app, beside bentofile.yaml and the data; and before
+# its code does, so that a change of the code leaves the one large layer as it is.
 RUN python -m venv --without-pip /opt/ekiben \
     && /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --compile-bytecode \
         ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} \
-        --requirement /build/pyproject.toml --extra train --constraint /build/requirements.lock \
-        "uv==${UV_VERSION}" ${EXTRA_PACKAGES}
+        --requirement /app/pyproject.toml --extra train --constraint /build/requirements.lock \
+        "uv==${UV_VERSION}" ${EXTRA_PACKAGES} \
+    && cd /app && mkdir -p flows/core bentos && touch README.md LICENSE flows/__init__.py flows/core/__init__.py bentos/__init__.py \
+    && /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --no-deps --editable /app
+
+FROM ${PYTHON_IMAGE} AS project
 COPY . /app
-# Editable: the code that runs is the one in /app, beside bentofile.yaml and the data.
-RUN /opt/uv/bin/uv pip install --quiet --python /opt/ekiben/bin/python --no-cache --no-deps --editable /app \
-    && rm -rf /app/build /app/*.egg-info \
-    && /opt/ekiben/bin/python -m compileall -q --invalidation-mode unchecked-hash /app/flows /app/bentos
+RUN python -m compileall -q --invalidation-mode unchecked-hash /app/flows /app/bentos
 
 FROM ${PYTHON_IMAGE}
 RUN groupadd --gid 10001 ekiben \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /state --shell /usr/sbin/nologin ekiben \
     && install -d -o 10001 -g 10001 /state
 COPY --from=packages /opt/ekiben /opt/ekiben
-COPY --from=packages /app /app
+COPY --from=project /app /app
 ARG REVISION=unknown
 # There is no Git in here to ask which commit this is.
 RUN echo "${REVISION}" > /app/REVISION

@@ -24,6 +24,7 @@ from pathlib import Path
 
 MIN_PASSWORD_CHARS = 12  # MLflow's own limit
 MIN_SECRET_CHARS = 16
+AUTH_CACHE_S = "60"
 PERMISSIONS = ("READ", "USE", "EDIT", "MANAGE", "NO_PERMISSIONS")
 # In the file, or MLflow's own names for the same, which would go before it: the server itself needs none of them.
 CONSUMED = (
@@ -64,6 +65,9 @@ def write_configuration(environment: Mapping[str, str]) -> Path:
         "database_uri": environment["MLFLOW_AUTH_DATABASE_URI"],
         "admin_username": environment["MLFLOW_ADMIN_USERNAME"],
         "admin_password": environment["MLFLOW_ADMIN_PASSWORD"],
+        # A password is hashed some hundred thousand times at each request, which is slow on purpose: a release asks a
+        # hundred times. A password that was changed elsewhere is thus good for so long in the other processes.
+        "auth_cache_ttl_seconds": AUTH_CACHE_S,
     }
     configuration["mlflow"] = {name: value.replace("%", "%%") for name, value in values.items()}
     path = Path(tempfile.mkdtemp(prefix="mlflow-auth-")) / "basic_auth.ini"
