@@ -187,6 +187,8 @@ class NativeStack:
         environment = {key: self.localize(value, name) for key, value in service.environment.items()}
         machine = {key: os.environ[key] for key in CA_VARIABLES if key in os.environ}
         machine |= {"PATH": _search_path(), "HOME": str(home), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+        if service.image.startswith("ekiben-line"):
+            machine["PYTHONPATH"] = str(self.project)  # the image has the project installed from /app
         if name == "encoder":
             machine["BENTOML_HOME"] = str(self.bento_home)
         health = [self.localize(part, name) for part in service.health]

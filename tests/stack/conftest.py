@@ -1,0 +1,124 @@
+"""The stack of docker-compose.yml, started once for all tests of this folder, from an empty folder on."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bentos.manifest import read_manifest
+from deployments.stack_env import read_names, write_env
+from tests.flows.support import write_pairs
+from tests.serving import bento_home
+from tests.stack.compose import load_services
+from tests.stack.line import Callers, Encoder, Prefect, say
+from tests.stack.native import NativeStack, ended, find_missing, make_database
+from tests.stack.project import ROOT, clone, commit, copy_working_tree, dvc
+
+LOGS = ROOT / "build" / "stack-logs"
+PAIRS = "data/team/pairs.csv"
+# Gates that let the model of a few steps pass, on a machine that does other things: what they ask is tested elsewhere.
+LOOSE = {
+    "min_gain": -2.0,
+    "champion_margin": -2.0,
+    "slice_max_drop": 2.0,
+    "max_calibration_error": 1.0,
+    "max_slowdown": 1e6,
+}
+
+
+@dataclass
+class Line:
+    """The running stack and what the tests know of it."""
+
+    stack: NativeStack
+    team: Path  # the checkout in which data are added
+    data_rev: str  # commit that has the team's data
+    tiny_model: Path
+    image_tag: str  # of the Bento that stands for the encoder's image
+    prefect: Prefect
+    encoder: Encoder
+    callers: Callers | None = None
+    known: dict[str, Any] = field(default_factory=dict)  # what a test leaves for the next one
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"pairs": PAIRS, "data_rev": self.data_rev}
+
+    def train(self, seed: int = 1, steps: int = 4) -> dict[str, Any]:
+        return {
+            "base_model": str(self.tiny_model),
+            "steps": steps,
+            "batch_size": 8,
+            "max_tokens": 32,
+            "learning_rate": 1e-3,
+            "seed": seed,
+        }
+
+    def pipeline(self, seed: int) -> dict[str, Any]:
+        """Parameters of a pipeline that takes a minute."""
+        space = {"base_model": [str(self.tiny_model)], "steps": [2, 4], "batch_size": [8], "max_tokens": [32]}
+        return {
+            "data": self.data,
+            "train": self.train(seed),
+            "evaluate": {"bootstrap_samples": 100},
+            "tune": {"trials": 2, "minutes": 5, "space": space, "costs": [], "pruning_checks": 0, "min_improvement": 0},
+            "release": LOOSE,
+        }
+
+
+@pytest.fixture(scope="session")
+def line(tiny_lunchbox_path: Path) -> Iterator[Line]:
+    """PostgreSQL, S3, MLflow, Prefect, worker, encoder, exporter and Prometheus, set up as `make stack-up` does."""
+    if missing := find_missing():
+        pytest.skip(f"the stack needs {', '.join(missing)}: make stack-tools")
+    from flows.core.packing import build_bento, store_model
+    from tests.factories import make_tiny_model
+
+    root = Path(tempfile.mkdtemp(prefix="ekiben-stack-"))
+    root.chmod(0o711)  # PostgreSQL does not run as root: its user must come through
+    try:
+        team = copy_working_tree(root / "team")
+        project = clone(team, root / "app")
+        write_env(root / ".env")
+        services = load_services(project / "docker-compose.yml", read_names((root / ".env").read_text()))
+        manifest = read_manifest(tiny_lunchbox_path)
+        with bento_home(root / "bentoml") as home:
+            store_model(tiny_lunchbox_path, manifest)
+            build_bento(manifest, root=project)
+        stack = NativeStack(services, root, project, manifest.tag, home)
+        with ended(stack):
+            make_database(stack)
+            took = {"postgres": stack["postgres"].wait_healthy(), **stack.start("s3", "mlflow", "prefect")}
+            say("healthy, by the health checks of the compose file: " + _show(took))
+            (team / PAIRS).parent.mkdir(parents=True)
+            write_pairs(team / PAIRS, rows=200)
+            dvc(team, stack["worker"].environment, "add", PAIRS)
+            data_rev = commit(team, "The team's pairs")
+            stack["setup"].run()
+            say("set up: users, pools, deployments, automations")
+            say("healthy: " + _show(stack.start("worker", "encoder", "line-exporter", "prometheus")))
+            yield Line(
+                stack,
+                team,
+                data_rev,
+                make_tiny_model(root / "tiny-model"),
+                manifest.tag,
+                Prefect(stack),
+                Encoder(stack),
+            )
+    finally:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        for log in root.glob("*.log"):
+            shutil.copy(log, LOGS)
+        say(f"logs: {LOGS}")
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _show(took: dict[str, float]) -> str:
+    return ", ".join(f"{name} after {seconds:.0f} s" for name, seconds in took.items())
