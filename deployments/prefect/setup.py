@@ -77,7 +77,7 @@ class Pool:
 
 
 POOLS = {
-    "local": Pool("process", "Processes of a worker that was started in the project's folder.", heavy_limit=1),
+    "local": Pool("process", "Processes of a worker, in the environment that it was started in.", heavy_limit=1),
     "docker": Pool(
         "docker", "Containers of the image ekiben-line, beside the stack of docker-compose.yml.", heavy_limit=1
     ),
@@ -157,8 +157,8 @@ async def make_pool(client: PrefectClient, name: str) -> None:
             )
             say(f"queue {queue.name} of {name}: created, limit {queue.limit or 'none'}")
         elif (limit := there[queue.name].concurrency_limit) != queue.limit:
-            kept, new = limit or "none", queue.limit or "none"
-            say(f"queue {queue.name} of {name}: keeps its limit {kept}; a new one gets {new}")
+            kept, usual = limit or "none", queue.limit or "none"
+            say(f"queue {queue.name} of {name}: keeps its limit {kept}; a new one gets {usual}")
 
 
 def job_template(pool: str) -> dict[str, Any]:
