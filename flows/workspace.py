@@ -1,7 +1,7 @@
 """A pull step for Prefect deployments: go to the project's folder, wherever it is on the machine that does the run.
 
-A worker of type process starts each run in an empty folder, so a relative folder in prefect.yaml would mean that one, and
-an absolute one the machine that deploys.
+A worker of type process starts each run in an empty folder, so a relative folder in prefect.yaml would mean that one,
+and an absolute one the machine that deploys.
 """
 
 from __future__ import annotations

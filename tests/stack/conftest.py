@@ -32,6 +32,17 @@ LOOSE = {
 }
 
 
+ORDER = ("test_life", "test_outages", "test_secrets", "test_backup")  # each begins with what the one before has left
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the stack in the order of its life, after or before all others as they come."""
+    ours = [item for item in items if item.path.parent.name == "stack" and item.path.stem in ORDER]
+    places = [number for number, item in enumerate(items) if item in ours]
+    for place, item in zip(places, sorted(ours, key=lambda item: ORDER.index(item.path.stem)), strict=True):
+        items[place] = item
+
+
 @dataclass
 class Line:
     """The running stack and what the tests know of it."""
@@ -39,6 +50,7 @@ class Line:
     stack: NativeStack
     team: Path  # the checkout in which data are added
     data_rev: str  # commit that has the team's data
+    secrets: dict[str, str]  # of .env
     tiny_model: Path
     image_tag: str  # of the Bento that stands for the encoder's image
     prefect: Prefect
@@ -86,7 +98,8 @@ def line(tiny_lunchbox_path: Path) -> Iterator[Line]:
         team = copy_working_tree(root / "team")
         project = clone(team, root / "app")
         write_env(root / ".env")
-        services = load_services(project / "docker-compose.yml", read_names((root / ".env").read_text()))
+        secrets = read_names((root / ".env").read_text())
+        services = load_services(project / "docker-compose.yml", secrets)
         manifest = read_manifest(tiny_lunchbox_path)
         with bento_home(root / "bentoml") as home:
             store_model(tiny_lunchbox_path, manifest)
@@ -107,6 +120,7 @@ def line(tiny_lunchbox_path: Path) -> Iterator[Line]:
                 stack,
                 team,
                 data_rev,
+                secrets,
                 make_tiny_model(root / "tiny-model"),
                 manifest.tag,
                 Prefect(stack),

@@ -62,6 +62,9 @@ class Prefect:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def put(self, path: str, body: Any) -> None:
+        self._client.put(path, json=body).raise_for_status()
+
     def delete(self, path: str) -> None:
         self._client.delete(path).raise_for_status()
 

@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
+import yaml
 
 from tests.stack.compose import Service
 
@@ -133,11 +134,12 @@ class NativeStack:
     project: Path  # the checkout that containers have at /app, and in which ./ of the file is found
     bento_tag: str
     bento_home: Path
+    number: int = 0  # of stacks that run side by side
     natives: dict[str, Native] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pid = os.getpid()
-        net = f"127.{64 + pid % 64}.{pid // 64 % 250 + 1}"
+        net = f"127.{64 + pid % 64}.{(pid // 64 + self.number) % 250 + 1}"
         self.addresses = {name: f"{net}.{number}" for number, name in enumerate(self.services, start=10)}
         for name in self.services:
             if name in COMMANDS:
@@ -155,7 +157,8 @@ class NativeStack:
         for other, address in self.addresses.items():
             text = re.sub(rf"(?<![\w.-]){re.escape(other)}:(?=\*|\d{{2,5}}(?!\w))", f"{address}:", text)
         text = text.replace("-ip=s3", f"-ip={self.addresses['s3']}")
-        text = text.replace("0.0.0.0", self.addresses[name]).replace("127.0.0.1", self.addresses[name])
+        for itself in ("0.0.0.0", "127.0.0.1", "localhost"):
+            text = text.replace(itself, self.addresses[name])
         folders = {**self.services[name].volumes, "/tmp": f"{name}-tmp"}
         targets = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
         return re.sub(rf"(?<![\w/.-])({targets})(?![\w-])", lambda match: str(self._folder(folders[match[1]])), text)
@@ -211,8 +214,13 @@ def _prometheus(stack: NativeStack, command: list[str]) -> list[str]:
     source = stack.services["prometheus"].volumes["/etc/prometheus"]
     copy = stack.root / "prometheus"
     shutil.copytree(stack._folder(source), copy, dirs_exist_ok=True)
-    for path in copy.glob("*.yml"):
-        path.write_text(stack.localize(path.read_text(), "prometheus"))
+    configuration = yaml.safe_load((copy / "prometheus.yml").read_text())
+    for job in configuration["scrape_configs"]:
+        for look_up in job.pop("dns_sd_configs", []):  # the names of services stand in no DNS here
+            targets = [f"{name}:{look_up['port']}" for name in look_up["names"]]
+            job.setdefault("static_configs", []).append({"targets": targets})
+    text = stack.localize(yaml.safe_dump(configuration), "prometheus")
+    (copy / "prometheus.yml").write_text(text.replace("/etc/prometheus", str(copy)))
     return ["prometheus", *(part.replace(str(stack._folder(source)), str(copy)) for part in command)]
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.stack.conftest import PAIRS, Line
 from tests.stack.line import Callers, say, wait_for
 from tests.stack.project import dvc, pull
+from tests.stack.registry import champion
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 NIGHTLY = "pipeline/nightly"
@@ -103,7 +104,7 @@ def test_a_scheduled_pipeline_makes_a_champion_and_the_running_encoder_swaps_to_
         run = wait_for("the scheduled run begins", mine, 180)
         kind, message = line.prefect.wait(str(run["id"]), 400)
         assert kind == "COMPLETED", f"{message}\n{line.prefect.logs(str(run['id']))}\n{line.stack['worker'].tail()}"
-        tag = wait_for("a champion", lambda: champion(line), 30)
+        tag = wait_for("a champion", lambda: champion(line.stack), 30)
         vectors = line.encoder.wait_for_version(tag)
         time.sleep(1)
     line.prefect.delete(f"/deployments/{nightly['id']}/schedules/{added['id']}")
@@ -121,28 +122,26 @@ def test_the_next_release_replaces_it_and_a_rollback_brings_its_exact_vectors_ba
     first, old = line.known["first"], line.known["vectors"]
     with Callers(line.encoder) as callers:
         line.prefect.complete(NIGHTLY, line.pipeline(seed=2), 400)
-        second = wait_for("another champion", lambda: (tag := champion(line)) != first and tag, 30)
+        second = wait_for("another champion", lambda: (tag := champion(line.stack)) != first and tag, 30)
         new = line.encoder.wait_for_version(second)
         assert np.abs(new - old).max() > 100 * TOLERANCE
         line.prefect.complete("rollback/rollback", {"reason": "wrong answers to short queries"}, 200)
-        assert champion(line) == first
+        assert champion(line.stack) == first
         again = line.encoder.wait_for_version(first)
     assert np.abs(again - old).max() < TOLERANCE
     assert not callers.failures(), callers.failures()[:3]
     line.known["second"] = second
-    say(
-        f"{second} was released and rolled back to {first}: the same vectors; {len(callers.answers)} answers, none failed"
-    )
+    say(f"{second} released and rolled back to {first}: the same vectors; {len(callers.answers)} answers, none failed")
 
 
 def test_a_run_on_bad_data_ends_red_and_changes_nothing(line: Line) -> None:
-    before = champion(line)
+    before = champion(line.stack)
     bad = line.pipeline(seed=3) | {"data": {"pairs": "data/team/none.csv"}}
     run_id = line.prefect.run(NIGHTLY, bad)
     kind, message = line.prefect.wait(run_id, 200)
     assert kind == "FAILED"
     assert "none.csv" in message
-    assert champion(line) == before
+    assert champion(line.stack) == before
     say(f"a run on data that are not there ended {kind}: {message[:120]}")
 
 
@@ -169,18 +168,3 @@ def all_up(ask: object) -> set[str] | None:
     found = ask("up")  # type: ignore[operator]
     up = {sample["metric"]["job"] for sample in found if sample["value"][1] == "1"}
     return up if found and len(up) == len({sample["metric"]["job"] for sample in found}) >= 3 else None
-
-
-def champion(line: Line) -> str | None:
-    """The Bento tag that the registry calls champion."""
-    worker = line.stack["worker"].environment
-    answer = httpx.get(
-        f"{line.stack.url('mlflow', 5000)}/api/2.0/mlflow/registered-models/alias",
-        params={"name": "ekiben", "alias": "champion"},
-        auth=(worker["MLFLOW_TRACKING_USERNAME"], worker["MLFLOW_TRACKING_PASSWORD"]),
-        timeout=30,
-    )
-    if answer.status_code != 200:
-        return None
-    tags = {tag["key"]: tag["value"] for tag in answer.json()["model_version"]["tags"]}
-    return tags["bento_tag"]

@@ -1,0 +1,84 @@
+"""A backup of the running stack, brought back into empty servers: runs, registry, data, and the champion's vectors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.stack.conftest import PAIRS, Line
+from tests.stack.line import Encoder, Prefect, say
+from tests.stack.native import NativeStack, ended, make_database
+from tests.stack.project import clone, dvc, pull
+from tests.stack.registry import champion, read_runs, read_versions
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+
+
+def test_a_backup_brings_everything_back_into_empty_servers(line: Line, tmp_path: Path) -> None:
+    folder = line.stack.root / "backup"
+    before = (read_runs(line.stack), read_versions(line.stack), champion(line.stack))
+    deployments = {found["name"] for found in line.prefect.post("/deployments/filter")}
+    model, vectors = line.encoder.encode()
+    assert model == before[2]
+    backup(line.stack, "save", folder)
+    with new_stack(line) as other:
+        make_database(other)
+        other["s3"].start()
+        other["s3"].wait_healthy()
+        backup(other, "restore", folder)
+        refused = backup(other, "restore", folder, expected=1)
+        assert "in use already" in refused
+        other.start("mlflow", "prefect")
+        other["setup"].run()
+        other.start("encoder")
+        assert (read_runs(other), read_versions(other), champion(other)) == before
+        assert {found["name"] for found in Prefect(other).post("/deployments/filter")} == deployments
+        same = Encoder(other).wait_for_version(str(model))
+        assert abs(same - vectors).max() < 1e-5
+        clean = clone(line.team, tmp_path / "clean")
+        pull(clean)
+        dvc(clean, other["worker"].environment, "pull", PAIRS)
+        assert (clean / PAIRS).read_bytes() == (line.team / PAIRS).read_bytes()
+    say(
+        f"backup: {len(before[0])} runs, {len(before[1])} versions, the data and {model} came back into empty servers; "
+        "a new encoder answers with the same vectors"
+    )
+
+
+def test_a_damaged_backup_is_refused_before_anything_is_written(line: Line) -> None:
+    folder = line.stack.root / "backup"
+    dump = folder / "mlflow.dump"
+    content = dump.read_bytes()
+    dump.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "mlflow.dump is missing or altered" in backup(line.stack, "restore", folder, expected=1)
+    dump.write_bytes(content)
+    (folder / "backup.json").unlink()
+    assert "no whole backup" in backup(line.stack, "restore", folder, expected=1)
+
+
+def backup(stack: NativeStack, what: str, folder: Path, *, expected: int = 0) -> str:
+    """Run deployments/backup.py against a stack; returns what it said."""
+    postgres = stack["postgres"].environment
+    own = {"PGHOST": stack.addresses["postgres"], "PGUSER": "postgres", "PGPASSWORD": postgres["POSTGRES_PASSWORD"]}
+    command = [sys.executable, "deployments/backup.py", what, str(folder), "--direct"]
+    environment = stack["worker"].environment | own
+    done = subprocess.run(
+        command, cwd=stack.project, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@contextmanager
+def new_stack(line: Line) -> Iterator[NativeStack]:
+    """Another stack with the same .env and nothing in it, beside the first: its addresses are others."""
+    root = line.stack.root / "other"
+    root.mkdir(mode=0o711)
+    stack = NativeStack(line.stack.services, root, line.stack.project, line.image_tag, line.stack.bento_home, number=1)
+    with ended(stack):
+        yield stack

@@ -1,0 +1,77 @@
+"""The secrets of the stack stand in .env, and nowhere in what it makes: databases, buckets, logs, state, metrics."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import boto3
+import httpx
+import pytest
+
+from deployments.backup import DATABASES
+from deployments.stack_env import SECRETS
+from tests.stack.conftest import Line
+from tests.stack.line import say
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+# Who the stack's one S3 identity is, is no secret of its own: the key beside it is.
+SOUGHT = [name for name in SECRETS if name != "S3_ACCESS_KEY"]
+# A database keeps what it must compare passwords with; the files of a server itself are its own business.
+OWN_VOLUMES = {"postgres", "s3"}
+
+
+def test_no_secret_is_in_what_the_stack_makes(line: Line) -> None:
+    secrets = {line.secrets[name].encode(): name for name in SOUGHT}
+    looked_at = 0
+
+    def look(where: str, content: bytes) -> None:
+        nonlocal looked_at
+        looked_at += 1
+        found = [name for secret, name in secrets.items() if secret in content]
+        assert not found, f"{', '.join(found)} in {where}"
+
+    look("the test's own source of them, which must be seen", b"")
+    with pytest.raises(AssertionError, match=SOUGHT[0]):
+        look("a planted one", b"x" + next(iter(secrets)) + b"y")
+    for name in DATABASES:
+        look(f"the database {name}", dump(line, name))
+    environment = line.stack["worker"].environment
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL_S3"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
+    for bucket in ("ekiben", "mlflow"):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for entry in page.get("Contents", []):
+                body = client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
+                look(f"the object {bucket}/{entry['Key']}", body)
+    for path in files_of(line):
+        look(str(path), path.read_bytes())
+    for name, port in (("encoder", 3000), ("line-exporter", 9105), ("prometheus", 9090)):
+        look(f"the metrics of {name}", httpx.get(f"{line.stack.url(name, port)}/metrics", timeout=30).content)
+    look("the encoder's account of itself", str(line.encoder.info()).encode())
+    assert looked_at > 100
+    say(f"secrets: {len(SOUGHT)} looked for in {looked_at} files, objects, dumps and pages: none found")
+
+
+def dump(line: Line, name: str) -> bytes:
+    """A database as SQL."""
+    postgres = line.stack["postgres"]
+    client = {"PGHOST": line.stack.addresses["postgres"], "PGPASSWORD": postgres.environment["POSTGRES_PASSWORD"]}
+    command = ["pg_dump", "--username=postgres", "--dbname", name]
+    return subprocess.run(command, env=postgres.environment | client, capture_output=True, check=True).stdout
+
+
+def files_of(line: Line) -> list[Path]:
+    """Everything that the services have written: logs, volumes, homes, the worker's checkout, the Bento."""
+    root = line.stack.root
+    folders = [path for path in (root / "volumes").iterdir() if path.name not in OWN_VOLUMES]
+    folders += [root / "homes", root / "bentoml", line.stack.project, line.team]
+    found = list(root.glob("*.log"))
+    for folder in folders:
+        found += [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return found
