@@ -36,6 +36,7 @@ One value has one home:
 """
 TOOLS = {
     "PREFECT_API_URL": "Record runs on that Prefect server; without it each command starts a temporary one.",
+    "PREFECT_API_AUTH_STRING": "`user:password` of that server, when it asks for one.",
     "PREFECT_HOME": "Prefect's own folder; default: `prefect` in the home folder.",
     "AWS_ACCESS_KEY_ID": "Credentials for `s3://` data and the DVC remote `store`, with `AWS_SECRET_ACCESS_KEY`.",
     "AWS_SECRET_ACCESS_KEY": "See `AWS_ACCESS_KEY_ID`.",

@@ -15,6 +15,7 @@ from pathlib import Path
 from bentos.manifest import sha256_file
 
 DIRTY = "-dirty"
+REVISION_FILE = "REVISION"  # what an image has in place of a repository: deployments/images/line.Dockerfile writes it
 LOCK_FILE = Path("deployments") / "requirements.lock"
 GIT_TIMEOUT_S = 20.0
 
@@ -22,15 +23,24 @@ GIT_TIMEOUT_S = 20.0
 def git_commit(root: Path) -> str | None:
     """Return the commit that is checked out at `root` (40 hex digits).
 
-    `-dirty` is appended when a tracked file differs from it. None when `root` is no Git working tree, has no commit
-    yet, or Git is not installed or does not answer in time: a run never fails for want of a commit.
+    `-dirty` is appended when a tracked file differs from it. In an image it is what the file `REVISION` says. None when
+    there is neither such a file nor a Git working tree with a commit, or Git is not installed or does not answer in
+    time: a run never fails for want of a commit.
     """
     commit = ask_git(root, "rev-parse", "--verify", "HEAD")
     if not commit:
-        return None
+        return _recorded_commit(root)
     # --untracked-files=no: a stray file does not change what the tracked code does.
     changes = ask_git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}{DIRTY}" if changes is None or changes else commit
+
+
+def _recorded_commit(root: Path) -> str | None:
+    try:
+        recorded = (root / REVISION_FILE).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return recorded if re.fullmatch(rf"[0-9a-f]{{40}}({DIRTY})?", recorded) else None
 
 
 def lock_sha256(root: Path) -> str | None:

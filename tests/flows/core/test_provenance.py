@@ -33,6 +33,13 @@ def test_a_clean_tree_gives_its_commit(repository: Path) -> None:
     assert git_commit(repository) == git(repository, "rev-parse", "HEAD")
 
 
+def test_an_image_has_a_file_in_place_of_a_repository(tmp_path: Path) -> None:
+    (tmp_path / "REVISION").write_text("0123456789" * 4 + "\n")
+    assert git_commit(tmp_path) == "0123456789" * 4
+    (tmp_path / "REVISION").write_text("unknown\n")
+    assert git_commit(tmp_path) is None
+
+
 def test_a_changed_tracked_file_makes_the_commit_dirty(repository: Path) -> None:
     (repository / "code.py").write_text("x = 2\n")
     assert git_commit(repository) == git(repository, "rev-parse", "HEAD") + "-dirty"
