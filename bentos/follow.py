@@ -158,7 +158,7 @@ class Follower:
         there = plan.items() if not self._live else [plan.live] if plan.live else []
         if any(item.tag == tag for item in there):
             self._refusals.forgive(tag)
-            self._note(followed=pointer, error=None)
+            await self._note_followed(pointer)
             return
         replaced_by_hand = pointer == self._state.followed and plan.instead_of != tag
         if self._live and replaced_by_hand:  # it was served, and another was asked for since
@@ -195,7 +195,16 @@ class Follower:
             raise
         else:
             self._refusals.forgive(tag)
-            self._note(followed=pointer, error=None, doing=None)
+            await self._note_followed(pointer)
+
+    async def _note_followed(self, pointer: Pointer) -> None:
+        """The version is served because the alias names it: noted for the workers, and once for the next start."""
+        if self._live and pointer != self._state.followed:
+            try:
+                await asyncio.to_thread(self._source.remember, self._alias, pointer)
+            except OSError as error:
+                logger.warning("a start without the registry will not know of %s: %s", self._tag(pointer), error)
+        self._note(followed=pointer, error=None, doing=None)
 
     def _let_go(self) -> None:
         """Let the version leave that stood beside because the alias named it."""

@@ -119,17 +119,29 @@ class Keeper:
         return Item(tag=read_manifest(path).tag, path=path)
 
     def _choose_first(self) -> Item:
-        """What the alias names, when it is on this machine and whole; else the Bento's own version."""
+        """What the alias names, when it is on this machine and whole; else the Bento's own version.
+
+        While the registry cannot be reached: what it named when this machine last served it.
+        """
         alias = self._settings.follow
         if alias:
             try:
-                pointer = self.source.look(alias)
+                pointer = self._look_or_recall(alias)
                 if pointer is not None and (path := self.source.find_here(pointer)) is not None:
                     check_box(path, pointer, hashes=True)
                     return Item(tag=f"{self._settings.model_name}:{pointer.bento_version}", path=path)
             except (RegistryError, LunchboxError, OSError) as error:
                 logger.warning("begins with the Bento's own version: %s", error)
         return self._choose_own()
+
+    def _look_or_recall(self, alias: str) -> Pointer | None:
+        try:
+            return self.source.look(alias)
+        except RegistryError as error:
+            if (pointer := self.source.recall(alias)) is None:
+                raise
+            logger.warning("begins with what %s named when it was last served here: %s", alias, error)
+            return pointer
 
     # --- loading by hand
 

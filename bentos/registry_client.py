@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import httpx
 from pydantic import ValidationError
 
-from bentos.aliases import Pointer, locked
+from bentos.aliases import Pointer, locked, read_aliases, write_alias
 from bentos.errors import LunchboxError, RegistryError
 from bentos.manifest import MANIFEST_FILE, Manifest, name_release, read_manifest, sha256_file
 from bentos.settings import ServeSettings
@@ -35,6 +35,7 @@ LOOK_TIMEOUT_S = 5.0
 FILE_TIMEOUT_S = 30.0  # between two pieces of a file
 PIECE_BYTES = 2**20
 SPARE_BYTES = 32 * 2**20  # that must stay free on the disk
+SEEN_FOLDER = "last-seen"  # beside the fetched versions: what the followed alias named
 KEPT = 4  # fetched versions, the ones used last
 UNUSED_S = 24 * 3600.0
 
@@ -128,6 +129,16 @@ class MlflowSource:
             raise RegistryError(
                 f"{pointer.bento_version} cannot be kept in {self._folder}: {error.strerror or error}"
             ) from None
+
+    def remember(self, alias: str, pointer: Pointer) -> None:
+        """Keep what an alias named, beside the fetched versions."""
+        write_alias(self._folder / SEEN_FOLDER, self._name, alias, pointer)
+
+    def recall(self, alias: str) -> Pointer | None:
+        """What an alias named when its version was last served with these fetched versions."""
+        with contextlib.suppress(RegistryError):
+            return read_aliases(self._folder / SEEN_FOLDER, self._name).get(alias)
+        return None
 
     def fingerprint(self, pointer: Pointer) -> str:
         """A hash of the pointer, of what is here of it, and of what the run's artifacts are."""

@@ -62,6 +62,16 @@ class Source(Protocol):
             LunchboxError: when what was fetched is not whole, or not that version.
         """
 
+    def remember(self, alias: str, pointer: Pointer) -> None:
+        """Keep what an alias named when that version was served, for a start while the source cannot be reached.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+
+    def recall(self, alias: str) -> Pointer | None:
+        """What was remembered; None when nothing was, or it cannot be read."""
+
     def fingerprint(self, pointer: Pointer) -> str:
         """Something that changes when the version's files may have changed.
 
@@ -137,6 +147,12 @@ class LocalSource:
         except LunchboxError as error:
             raise UnreadableVersionError(bento_version, error) from None
         return pointer
+
+    def remember(self, alias: str, pointer: Pointer) -> None:
+        """Nothing is to be done: the alias file is on this machine."""
+
+    def recall(self, alias: str) -> Pointer | None:
+        """None: a file that cannot be read has no better copy."""
 
     def find_here(self, pointer: Pointer) -> Path | None:
         """The folder of a version, in the store or in the Bento."""

@@ -35,6 +35,13 @@ class FlakySource(LocalSource):
     problem: RegistryError | None = None  # of the registry
     fetch_problem: RegistryError | None = None
     looks = 0
+    remembered: tuple[tuple[str, Pointer], ...] = ()
+    memory_problem: OSError | None = None
+
+    def remember(self, alias: str, pointer: Pointer) -> None:
+        if self.memory_problem is not None:
+            raise self.memory_problem
+        self.remembered += ((alias, pointer),)
 
     def look(self, alias: str) -> Pointer | None:
         self.looks += 1
@@ -154,6 +161,24 @@ def test_the_version_that_the_alias_names_is_served_and_follows_it(on_stage: Cal
         stage.follower.observe()
         assert stage.notes.followed[0] == pytest.approx(time.time(), abs=60)
         await wait_until(lambda: stage.loaded == ["2"])
+
+    on_stage(test)
+
+
+def test_what_is_served_is_remembered_once_for_a_start_without_the_registry(on_stage: Callable[..., None]) -> None:
+    async def test(stage: Stage) -> None:
+        for version in "1122":
+            stage.point(version)
+            await stage.follower.look()
+        stage.source.memory_problem = OSError("no space left")
+        stage.point("3")
+        await stage.follower.look()
+        assert stage.live == "3", "a full disk is no reason to stay behind"
+        assert stage.follower.describe()["failures"] == 0
+        assert [(alias, pointer.version) for alias, pointer in stage.source.remembered] == [
+            ("champion", "1"),
+            ("champion", "2"),
+        ]
 
     on_stage(test)
 

@@ -242,6 +242,18 @@ def test_fetched_versions_that_nobody_uses_make_room(registry: Registry) -> None
     assert left == {registry.place.name, lately.name, "other-1-00000001", *used_last}
 
 
+def test_what_an_alias_named_is_known_to_the_next_source_of_this_machine(registry: Registry) -> None:
+    assert registry.source.recall("champion") is None
+    registry.source.remember("champion", registry.pointer)
+    registry.source.remember("champion", registry.pointer)
+    registry.interrupt = lambda _: httpx.Response(503, text="away")
+    assert registry.connect("http://registry:5000/").recall("champion") == registry.pointer
+    assert registry.source.recall("challenger") is None
+    for path in (registry.home / "ekiben" / "last-seen").rglob("*.json"):
+        path.write_text("{")
+    assert registry.source.recall("champion") is None
+
+
 def test_the_fingerprint_changes_with_the_artifacts(registry: Registry) -> None:
     pointer = registry.pointer
     first = registry.source.fingerprint(pointer)
