@@ -11,7 +11,8 @@ import pytest
 
 from deployments.stack_env import LEAST_CHARACTERS, OPTIONS, SECRETS, complete, read_names, write_env
 
-SCRIPT = Path(__file__).parents[2] / "deployments" / "stack_env.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "deployments" / "stack_env.py"
 
 
 def test_a_new_file_has_every_secret_each_another_and_all_strong() -> None:
@@ -83,3 +84,11 @@ def test_the_command_says_names_and_no_values(tmp_path: Path) -> None:
         assert name in first.stdout
         assert value not in first.stdout + second.stdout
     assert second.stdout == f"{path}: complete\n"
+
+
+def test_the_page_on_operations_says_how_each_secret_is_changed() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Changing keys\n")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    missing = [name for name in SECRETS if not any(f"`{name}`" in cell for cell in first_cells)]
+    assert missing == []
