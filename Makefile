@@ -22,7 +22,7 @@ COMPOSE := docker compose
 export EKIBEN_REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup test test-slow test-heavy test-stack stack-test test-image browser stack-tools bench soak check format docs \
+.PHONY: help up setup test test-slow test-heavy test-stack test-image browser stack-tools bench soak check format docs \
 	sample lock clean image images stack-env stack-up stack-down backup restore
 
 help: ## show this help
@@ -53,8 +53,6 @@ test-heavy: setup ## a release killed at every step, swaps under a minute of loa
 
 test-stack: setup ## the services of docker-compose.yml as processes, and what becomes of them; needs stack-tools
 	$(BIN)/python -m pytest -m stack --capture=no tests/stack
-
-stack-test: test-stack
 
 test-image: setup ## build and run the encoder's image; needs podman or docker
 	$(BIN)/python -m pytest -m container
@@ -87,10 +85,12 @@ images: setup ## the images of the encoder, the training line and MLflow
 stack-env: ## write the secrets that docker-compose.yml asks for into .env; what is there stays
 	$(PYTHON) deployments/stack_env.py
 
-stack-up: stack-env images ## the whole line on this server, by docker compose
+stack-up: setup stack-env ## the whole line on this server, by docker compose; its first model is the one of `make up`
+	$(BIN)/ekiben up --no-serve
+	$(BIN)/python deployments/images/build.py encoder line mlflow
 	$(COMPOSE) up --detach
 	$(COMPOSE) ps
-	@echo "Prefect http://localhost:4200  MLflow http://localhost:5000  encoder http://localhost:3000  Grafana http://localhost:3001"
+	@echo "Prefect is at port 4200, MLflow at 5000, the encoder at 3000, Grafana at 3001, unless .env says otherwise."
 	@echo "Names and passwords are in .env; docs/setup.md says what to try."
 
 stack-down: ## stop the stack; what it has stored stays
@@ -100,9 +100,9 @@ backup: ## save the stack's databases and buckets: make backup TO=folder
 	@test -n "$(TO)" || { echo "say where to: make backup TO=folder" >&2; exit 2; }
 	$(PYTHON) deployments/backup.py save "$(TO)"
 
-restore: ## bring them back into a new stack: make restore FROM=folder
+restore: ## bring them back into a new stack: make restore FROM=folder [FORCE=1]
 	@test -n "$(FROM)" || { echo "say where from: make restore FROM=folder" >&2; exit 2; }
-	$(PYTHON) deployments/backup.py restore "$(FROM)"
+	$(PYTHON) deployments/backup.py restore "$(FROM)" $(if $(FORCE),--force)
 
 check: setup ## lint, format, types, import layers
 	$(BIN)/ruff check .

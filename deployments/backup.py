@@ -1,16 +1,16 @@
-"""Save the state of the stack into a folder, or bring it back: PostgreSQL's databases, then the buckets of S3.
+"""Save the state of the stack into a folder, or bring it back: PostgreSQL's databases and the buckets of S3.
 
     python deployments/backup.py save FOLDER
     python deployments/backup.py restore FOLDER [--force]
 
-Runs, registry, studies, deployments, schedules and history are in the databases; data, models and lunchboxes are in the
-buckets. The databases are dumped first: whatever they name is in the buckets by then. `backup.json` is written last; a
-folder without it is not whole. Not in it: images, .env and the Bento store (docs/operations.md, "Backup and restore").
+Runs, registry, studies, deployments, schedules and history are in the databases; data, models and lunchboxes in the
+buckets. The databases are dumped first: what they name is in the buckets by then, unless it is deleted meanwhile.
+FOLDER appears when everything is in it; what was saved there before is kept until then. It holds hashes of passwords
+and Prefect's own key: only its owner may read it. Not in it: images, .env (a restore needs the passwords of then), and
+the Bento store (docs/operations.md, "Backup and restore").
 
 Without more, both go through `docker compose`. With --direct they are reached from here: PostgreSQL by PGHOST, PGUSER
-and PGPASSWORD, S3 by AWS_ENDPOINT_URL_S3 and its keys.
-
-Standard library only; restoring needs the services that use the databases to be stopped.
+and PGPASSWORD, S3 by AWS_ENDPOINT_URL_S3 and its keys. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -25,11 +27,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-DATABASES = ("mlflow", "mlflow_auth", "optuna", "prefect")
-MARK = "backup.json"
-HERE = Path(__file__).resolve().parent
+OWNERS = {"mlflow": "mlflow", "mlflow_auth": "mlflow", "optuna": "optuna", "prefect": "prefect"}  # database -> role
 # Tables that are there as soon as a service has begun: a database without them is a new one.
 FIRST_TABLES = {"mlflow": "experiments", "mlflow_auth": "users", "optuna": "studies", "prefect": "flow"}
+MARK = "backup.json"
+HERE = Path(__file__).resolve().parent
+AGAIN = "Nothing was written."
 
 
 class BackupError(Exception):
@@ -41,17 +44,18 @@ class Tools:
     """How the programs are reached that read and write the state."""
 
     postgres: list[str]  # before `pg_dump ...`
-    buckets: list[str]  # before `save FOLDER`
-    folder: str | None = None  # how the program of the buckets knows the folder; None: by its own name
+    buckets: list[str]  # before `save FOLDER`; {folder} stands for the folder on this machine
+    folder: str = "{folder}"  # how the program of the buckets knows it
     user: list[str] = field(default_factory=list)
 
 
-def compose_tools(folder: Path) -> Tools:
-    """Through `docker compose`, from the project's folder."""
-    line = ["docker", "compose", "run", "--rm", "--no-deps", "-T", "--user", "0", "-v", f"{folder.resolve()}:/backup"]
+def compose_tools() -> Tools:
+    """Through `docker compose`."""
+    compose = ["docker", "compose", "--project-directory", str(HERE.parent)]
+    line = ["run", "--rm", "--no-deps", "-T", "--user", f"{os.getuid()}:{os.getgid()}", "-v", "{folder}:/backup"]
     return Tools(
-        postgres=["docker", "compose", "exec", "-T", "postgres"],
-        buckets=[*line, "worker", "python", "deployments/buckets.py"],
+        postgres=[*compose, "exec", "-T", "postgres"],
+        buckets=[*compose, *line, "worker", "python", "deployments/buckets.py"],
         folder="/backup",
         user=["--username", "postgres"],
     )
@@ -63,56 +67,115 @@ def direct_tools() -> Tools:
 
 
 def save(folder: Path, tools: Tools) -> None:
-    """Save everything.
+    """Save everything; a backup that was there before is replaced when the new one is whole.
 
     Raises:
-        BackupError: a part could not be saved; the folder has no mark then.
+        BackupError: a part could not be saved; what was there before still is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).unlink(missing_ok=True)
+    folder = folder.resolve()
+    if folder.exists() and not (folder / MARK).exists() and any(folder.iterdir()):
+        raise BackupError(f"{folder} holds something else than a backup: choose another folder")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     sums = {}
-    for name in DATABASES:
-        dump = folder / f"{name}.dump"
+    for name in OWNERS:
+        dump = part / f"{name}.dump"
         with dump.open("wb") as file:
             _run([*tools.postgres, "pg_dump", *tools.user, "--format=custom", "--dbname", name], output=file)
         sums[name] = _digest(dump)
         sys.stdout.write(f"backup: database {name}, {dump.stat().st_size} bytes\n")
-    _run([*tools.buckets, "save", tools.folder or str(folder)])
+    _run_buckets(tools, part, "save")
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    (folder / MARK).write_text(json.dumps({"saved": at, "databases": sums}, indent=1), encoding="utf-8")
+    (part / MARK).write_text(json.dumps({"saved": at, "databases": sums}, indent=1), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(folder: Path, tools: Tools, *, force: bool = False) -> None:
-    """Bring everything back.
+    """Bring everything back: the buckets, then each database, dropped and made anew.
+
+    Args:
+        folder: that `save` has filled.
+        tools: to do it with.
+        force: also when databases and buckets are in use: databases are replaced, objects of the same name overwritten.
 
     Raises:
-        BackupError: the folder is not whole or the stack is not empty (nothing was written then), or a part could not
-            be restored.
+        BackupError: the folder is not whole, the stack is not empty, or somebody is connected (nothing was written
+            then); or a part could not be restored, and which ones were.
     """
-    if not (folder / MARK).exists():
-        raise BackupError(f"{folder} holds no whole backup: {MARK} is missing")
-    sums = json.loads((folder / MARK).read_text(encoding="utf-8"))["databases"]
-    for name in DATABASES:
-        if not (folder / f"{name}.dump").is_file() or _digest(folder / f"{name}.dump") != sums.get(name):
-            raise BackupError(f"{folder}/{name}.dump is missing or altered")
-    filled = [name for name in DATABASES if _is_filled(name, tools)]
-    if filled and not force:
+    folder = folder.resolve()
+    _check_whole(folder)
+    if connected := _ask(tools, "postgres", _CONNECTED):
+        raise BackupError(f"{connected} are connected to the databases: stop all services but postgres and s3. {AGAIN}")
+    if not force:
+        filled = [name for name in OWNERS if _is_filled(tools, name)]
+        if filled:
+            raise BackupError(
+                f"the database {filled[0]} is in use already: restore into a new stack of which only postgres and s3 "
+                f"have been started, or give --force to replace what is there. {AGAIN}"
+            )
+    done: list[str] = []
+    try:
+        _run_buckets(tools, folder, "restore", *(["--force"] if force else []))
+        done.append("buckets")
+        for name, owner in OWNERS.items():
+            _replace_database(tools, name, owner, folder / f"{name}.dump")
+            done.append(name)
+            sys.stdout.write(f"restore: database {name}\n")
+    except BackupError as error:
+        if not done:
+            raise
         raise BackupError(
-            f"the database {filled[0]} is in use already: restore into a new stack of which only postgres and s3 have "
-            "been started, or give --force to replace what is there"
-        )
-    _run([*tools.buckets, "restore", tools.folder or str(folder), *(["--force"] if force else [])])
-    for name in DATABASES:
-        command = [*tools.postgres, "pg_restore", *tools.user, "--clean", "--if-exists", "--exit-on-error"]
-        with (folder / f"{name}.dump").open("rb") as file:
-            _run([*command, "--single-transaction", "--dbname", name], source=file)
-        sys.stdout.write(f"restore: database {name}\n")
+            f"half restored ({', '.join(done)}; not the rest): {error}. Start no service; give the command again with "
+            "--force when the reason is gone"
+        ) from None
 
 
-def _is_filled(name: str, tools: Tools) -> bool:
-    query = f"select to_regclass('public.{FIRST_TABLES[name]}') is not null"
-    command = [*tools.postgres, "psql", *tools.user, "--no-psqlrc", "--tuples-only", "--no-align"]
-    return _run([*command, "--dbname", name, "--command", query], output=subprocess.PIPE).strip() == b"t"
+_CONNECTED = (
+    "select coalesce(string_agg(distinct datname || ' (' || usename || ')', ', '), '') from pg_stat_activity "
+    f"where datname in ({', '.join(repr(name) for name in OWNERS)}) and pid <> pg_backend_pid()"
+)
+
+
+def _replace_database(tools: Tools, name: str, owner: str, dump: Path) -> None:
+    for query in (
+        f'DROP DATABASE IF EXISTS "{name}"',
+        f'CREATE DATABASE "{name}" OWNER "{owner}"',
+        f'REVOKE CONNECT ON DATABASE "{name}" FROM PUBLIC',
+    ):
+        _ask(tools, "postgres", query)
+    command = [*tools.postgres, "pg_restore", *tools.user, "--exit-on-error", "--single-transaction", "--dbname", name]
+    with dump.open("rb") as file:
+        _run(command, source=file)
+
+
+def _check_whole(folder: Path) -> None:
+    if not (folder / MARK).exists():
+        raise BackupError(f"{folder} holds no whole backup: {MARK} is missing. {AGAIN}")
+    sums = json.loads((folder / MARK).read_text(encoding="utf-8"))["databases"]
+    for name in OWNERS:
+        if not (folder / f"{name}.dump").is_file() or _digest(folder / f"{name}.dump") != sums.get(name):
+            raise BackupError(f"{folder}/{name}.dump is missing or altered. {AGAIN}")
+
+
+def _is_filled(tools: Tools, name: str) -> bool:
+    return _ask(tools, name, f"select to_regclass('public.{FIRST_TABLES[name]}') is not null") == "t"
+
+
+def _ask(tools: Tools, database: str, query: str) -> str:
+    command = [*tools.postgres, "psql", *tools.user, "--no-psqlrc", "--tuples-only", "--no-align", "--quiet"]
+    command += ["--set=ON_ERROR_STOP=1", "--dbname", database, "--command", query]
+    return _run(command, output=subprocess.PIPE).decode().strip()
+
+
+def _run_buckets(tools: Tools, folder: Path, *words: str) -> None:
+    command = [*tools.buckets, words[0], tools.folder, *words[1:]]
+    _run([part.replace("{folder}", str(folder)) for part in command])
 
 
 def _run(command: list[str], *, source: Any = None, output: Any = None) -> bytes:
@@ -136,10 +199,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Save the state of the stack into a folder, or bring it back.")
     parser.add_argument("what", choices=["save", "restore"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--force", action="store_true", help="replace what is in the databases and buckets")
+    parser.add_argument("--force", action="store_true", help="replace databases that are in use, overwrite objects")
     parser.add_argument("--direct", action="store_true", help="reach PostgreSQL by PG*, S3 by AWS_* variables")
     given = parser.parse_args()
-    tools = direct_tools() if given.direct else compose_tools(given.folder)
+    os.umask(0o077)
+    tools = direct_tools() if given.direct else compose_tools()
     try:
         if given.what == "save":
             save(given.folder, tools)

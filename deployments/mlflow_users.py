@@ -19,7 +19,7 @@ PASSWORDS = {"line": "MLFLOW_TRACKING_PASSWORD", "encoder": "MLFLOW_ENCODER_PASS
 WAIT_S = 300.0
 
 
-def wait_for(client: httpx.Client) -> None:
+def wait_for(client: httpx.Client, admin: str) -> None:
     """Wait until the server answers this admin.
 
     Raises:
@@ -28,13 +28,13 @@ def wait_for(client: httpx.Client) -> None:
     deadline = time.monotonic() + WAIT_S
     while True:
         try:
-            answer = client.get("/api/2.0/mlflow/users/get", params={"username": "admin"})
+            answer = client.get("/api/2.0/mlflow/users/get", params={"username": admin})
             if answer.status_code == 401:
                 raise SystemExit(
                     f"MLflow at {client.base_url} does not take the admin's password. It keeps the one that it was "
                     "first started with: give that one, or change it there first (docs/operations.md, 'Keys')"
                 )
-            if answer.status_code < 500:
+            if answer.status_code in (200, 404):
                 return
             problem = f"status {answer.status_code}"
         except httpx.TransportError as error:
@@ -58,7 +58,7 @@ def set_user(client: httpx.Client, name: str, password: str) -> str:
     known.raise_for_status()
     own = httpx.Client(base_url=client.base_url, auth=(name, password), timeout=client.timeout)
     with own:
-        if own.get("/api/2.0/mlflow/users/get", params={"username": name}).status_code != 401:
+        if own.get("/api/2.0/mlflow/users/get", params={"username": name}).status_code == 200:
             return "as it should be"
     client.patch("/api/2.0/mlflow/users/update-password", json=user).raise_for_status()
     return "given its new password"
@@ -68,7 +68,7 @@ def main(environment: Mapping[str, str]) -> None:
     """Wait for the server and set both users."""
     admin = (environment["MLFLOW_ADMIN_USERNAME"], environment["MLFLOW_ADMIN_PASSWORD"])
     with httpx.Client(base_url=environment["MLFLOW_TRACKING_URI"], auth=admin, timeout=30) as client:
-        wait_for(client)
+        wait_for(client, admin[0])
         for name, variable in PASSWORDS.items():
             sys.stdout.write(f"[setup] MLflow's user {name}: {set_user(client, name, environment[variable])}\n")
 

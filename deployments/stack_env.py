@@ -8,6 +8,7 @@ Standard library only: it runs before anything is installed.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -36,25 +37,34 @@ OPTIONS = """\
 
 # --- with their defaults; take the # away to change one
 #STACK_BIND=127.0.0.1        # address that the ports are bound to; put a proxy with TLS before anything wider
-#STACK_HOST=localhost        # name under which browsers reach the stack
+#STACK_HOST=localhost        # name under which browsers reach MLflow, by its port or through a proxy
+#PREFECT_PUBLIC_URL=http://localhost:4200    # address under which browsers reach Prefect
+#DATA_REPO=.                 # checkout with DVC whose data the worker may read at /data-repo
 #ENCODER_PORT=3000
 #MLFLOW_PORT=5000
 #PREFECT_PORT=4200
 #PROMETHEUS_PORT=9090
 #GRAFANA_PORT=3001
 #ENCODER_VERSION=latest      # tag of the image ekiben-encoder
+#EKIBEN_REGISTRY=            # such as ghcr.io/your-team/ : where the images come from, when they are not built here
+#SERVER_CPUS=1               # of PostgreSQL, S3, MLflow and Prefect each; memory is about 16 GiB in all at most
 #WORKER_CPUS=2
 #WORKER_MEMORY=6g
 #ENCODER_CPUS=2
 #ENCODER_MEMORY=2g
 #PROMETHEUS_RETENTION=30d
 #EKIBEN_NOTIFY_URL=          # webhook that is told of failed runs
-# --- an S3 of your own: see deployments/compose.external-s3.yml
+# --- an S3 of your own; its buckets must exist, and .dvc/config must name the one of the data
+#COMPOSE_FILE=docker-compose.yml:deployments/compose.external-s3.yml
+#S3_DATA_BUCKET=ekiben
 #S3_ENDPOINT=https://s3.example.com
 #S3_REGION=us-east-1
 #S3_MLFLOW_BUCKET=mlflow
 """
 LEAST_CHARACTERS = 16
+IDENTITIES = ("S3_ACCESS_KEY",)  # a name rather than a secret: may be short
+# They become parts of addresses, and compose reads a dollar as a variable.
+PLAIN = re.compile(r"[A-Za-z0-9_.~-]*")
 
 
 def read_names(text: str) -> dict[str, str]:
@@ -67,15 +77,18 @@ def complete(text: str) -> str:
     """The text of a .env with every secret in it; lines that are there stay byte for byte.
 
     Raises:
-        ValueError: a secret is there, but empty or too short.
+        ValueError: a secret is there, but empty or too short, or has characters that an address cannot hold.
     """
     known = read_names(text)
-    weak = [name for name in SECRETS if name in known and len(known[name]) < LEAST_CHARACTERS]
+    chosen = [name for name in SECRETS if name in known]
+    weak = [name for name in chosen if len(known[name]) < (1 if name in IDENTITIES else LEAST_CHARACTERS)]
     if weak:
         raise ValueError(
             f"{', '.join(weak)} is shorter than {LEAST_CHARACTERS} characters: take the line out to have one made, "
             "or give a longer one"
         )
+    if odd := [name for name in chosen if name.endswith("_DB_PASSWORD") and not PLAIN.fullmatch(known[name])]:
+        raise ValueError(f"{', '.join(odd)} may hold letters, digits and _ . ~ - only: it becomes part of an address")
     lines = []
     for name, meaning in SECRETS.items():
         if name not in known:
@@ -102,6 +115,7 @@ def write_env(path: Path) -> list[str]:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(after)
         part.replace(path)
+    path.chmod(0o600)
     return added
 
 

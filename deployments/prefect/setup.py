@@ -4,7 +4,8 @@
 
 It waits for the server and may be run at any time, also at every start of a stack. What stands in files follows the
 files: deployments, the job templates of the pools, what automations do. What people do in the UI stays: schedules that
-they have added, what they have paused or switched off, limits that they have changed.
+they have added, what they have paused or switched off, limits that they have changed. A deployment that is taken out of
+prefect.yaml stays on the server: `prefect deployment delete` removes it.
 
 From the environment, beside Prefect's own variables:
 

@@ -147,7 +147,7 @@ def test_compose_takes_it_with_an_s3_of_your_own(compose: list[str], secrets: di
 def test_the_stack_tests_understand_all_of_it(secrets: dict[str, str]) -> None:
     services = load_services(FILE, secrets)
     assert set(services) == set(SERVICES)
-    assert {key for key in STACK if not key.startswith("x-")} == {"name", "services", "volumes"}
+    assert {key for key in STACK if not key.startswith("x-")} == {"name", "services", "networks", "volumes"}
 
 
 def test_the_stack_tests_refuse_what_they_do_not_understand(secrets: dict[str, str], tmp_path: Path) -> None:
@@ -231,6 +231,7 @@ def test_every_default_is_one_value_and_the_one_that_the_env_file_shows() -> Non
         for name, _, value in (line.lstrip("#").partition("=") for line in OPTIONS.splitlines() if "=" in line)
     }
     of_the_checkout = {"EKIBEN_VERSION", "EKIBEN_REVISION"}
+    del shown["COMPOSE_FILE"]  # read by compose itself
     assert set(defaults) - of_the_checkout == set(shown)
     own_s3 = {"S3_ENDPOINT"}  # there is an example of another server
     assert {name: shown[name] for name in set(shown) - own_s3} == {name: defaults[name] for name in set(shown) - own_s3}
@@ -267,7 +268,9 @@ def test_ports_are_bound_to_one_address_and_meet_nowhere(secrets: dict[str, str]
 
 
 def test_volumes_are_declared_used_and_nothing_of_the_checkout_is_written() -> None:
-    used = [volume.split(":") for service in SERVICES.values() for volume in service.get("volumes", [])]
+    defaults = dict.fromkeys(SECRETS, "secret")
+    volumes = [volume for service in SERVICES.values() for volume in service.get("volumes", [])]
+    used = [interpolate(volume, defaults).split(":") for volume in volumes]
     assert {source for source, *_ in used if not source.startswith(".")} == set(STACK["volumes"])
     for source, _, *options in (volume for volume in used if volume[0].startswith(".")):
         assert options == ["ro"]

@@ -26,6 +26,7 @@ SERVICE_KEYS = {
     "image",
     "init",
     "logging",
+    "networks",
     "ports",
     "read_only",
     "restart",
@@ -49,6 +50,7 @@ class Service:
     volumes: dict[str, str]  # path in the container -> name of a volume, or path on this machine
     depends_on: dict[str, str]  # service -> condition
     is_built: bool
+    networks: frozenset[str]
 
 
 def load_services(path: Path, variables: Mapping[str, str]) -> dict[str, Service]:
@@ -105,6 +107,7 @@ def _read_service(name: str, raw: dict[str, Any]) -> Service:
         volumes=volumes,
         depends_on={other: how["condition"] for other, how in raw.get("depends_on", {}).items()},
         is_built="build" in raw,
+        networks=frozenset(raw.get("networks", ["default"])),
     )
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pathspec
 import psutil  # type: ignore[import-untyped]
 import yaml
 
@@ -131,7 +132,8 @@ class NativeStack:
 
     services: Mapping[str, Service]
     root: Path  # that the user postgres may enter
-    project: Path  # the checkout that containers have at /app, and in which ./ of the file is found
+    project: Path  # the checkout in which ./ of the file is found
+    app: Path  # what the image of the line has at /app
     bento_tag: str
     bento_home: Path
     number: int = 0  # of stacks that run side by side
@@ -190,14 +192,15 @@ class NativeStack:
         environment = {key: self.localize(value, name) for key, value in service.environment.items()}
         machine = {key: os.environ[key] for key in CA_VARIABLES if key in os.environ}
         machine |= {"PATH": _search_path(), "HOME": str(home), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+        machine["TMPDIR"] = str(self._folder(f"{name}-tmp"))
         if service.image.startswith("ekiben-line"):
-            machine["PYTHONPATH"] = str(self.project)  # the image has the project installed from /app
+            machine["PYTHONPATH"] = str(self.app)  # the image has the project installed from there
         if name == "encoder":
             machine["BENTOML_HOME"] = str(self.bento_home)
         health = [self.localize(part, name) for part in service.health]
         argv = COMMANDS[name](self, command)
         log = self.root / f"{name}.log"
-        return Native(service, argv, machine | environment, health, self.project, log)
+        return Native(service, argv, machine | environment, health, self.app, log)
 
 
 # --- what an image's entrypoint makes of the command
@@ -229,7 +232,7 @@ COMMANDS = {
     "s3": lambda _, command: ["weed", *command],
     "mlflow": lambda stack, command: [
         sys.executable,
-        str(stack.project / "deployments" / "images" / "mlflow-entrypoint.py"),
+        str(stack.app / "deployments" / "images" / "mlflow-entrypoint.py"),
         *command,
     ],
     "prefect": lambda _, command: command,
@@ -239,6 +242,21 @@ COMMANDS = {
     "encoder": lambda stack, command: ["bentoml", command[0], stack.bento_tag, *command[1:]],
     "prometheus": _prometheus,
 }
+
+
+def copy_image_files(checkout: Path, to: Path) -> Path:
+    """Copy what `COPY . /app` of the line's image brings: what .dockerignore lets through, and no repository."""
+    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (checkout / ".dockerignore").read_text().splitlines())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if not ignored.match_file(name):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(checkout / name, to / name)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout
+    (to / "REVISION").write_text(commit)
+    return to
 
 
 def make_database(stack: NativeStack) -> None:

@@ -19,20 +19,33 @@ from tests.stack.registry import champion, read_runs, read_versions
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 
-def test_a_backup_brings_everything_back_into_empty_servers(line: Line, tmp_path: Path) -> None:
+def test_a_backup_of_the_running_stack_is_whole_or_refused(line: Line) -> None:
+    folder = line.stack.root / "backup"
+    backup(line.stack, "save", folder)
+    assert folder.stat().st_mode & 0o077 == 0, "it holds what only its owner may read"
+    assert "are connected" in backup(line.stack, "restore", folder, expected=1)
+    for name in ("mlflow.dump", "buckets.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        refused = backup(line.stack, "restore", folder, expected=1)
+        assert "altered" in refused or "are connected" in refused
+        (folder / name).write_bytes(content)
+
+
+def test_a_stack_that_is_lost_comes_back_from_its_backup(line: Line, tmp_path: Path) -> None:
     folder = line.stack.root / "backup"
     before = (read_runs(line.stack), read_versions(line.stack), champion(line.stack))
     deployments = {found["name"] for found in line.prefect.post("/deployments/filter")}
     model, vectors = line.encoder.encode()
     assert model == before[2]
     backup(line.stack, "save", folder)
+    line.stack.stop()
     with new_stack(line) as other:
         make_database(other)
         other["s3"].start()
         other["s3"].wait_healthy()
         backup(other, "restore", folder)
-        refused = backup(other, "restore", folder, expected=1)
-        assert "in use already" in refused
+        assert "in use already" in backup(other, "restore", folder, expected=1)
         other.start("mlflow", "prefect")
         other["setup"].run()
         other.start("encoder")
@@ -50,17 +63,6 @@ def test_a_backup_brings_everything_back_into_empty_servers(line: Line, tmp_path
     )
 
 
-def test_a_damaged_backup_is_refused_before_anything_is_written(line: Line) -> None:
-    folder = line.stack.root / "backup"
-    dump = folder / "mlflow.dump"
-    content = dump.read_bytes()
-    dump.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "mlflow.dump is missing or altered" in backup(line.stack, "restore", folder, expected=1)
-    dump.write_bytes(content)
-    (folder / "backup.json").unlink()
-    assert "no whole backup" in backup(line.stack, "restore", folder, expected=1)
-
-
 def backup(stack: NativeStack, what: str, folder: Path, *, expected: int = 0) -> str:
     """Run deployments/backup.py against a stack; returns what it said."""
     postgres = stack["postgres"].environment
@@ -68,7 +70,7 @@ def backup(stack: NativeStack, what: str, folder: Path, *, expected: int = 0) ->
     command = [sys.executable, "deployments/backup.py", what, str(folder), "--direct"]
     environment = stack["worker"].environment | own
     done = subprocess.run(
-        command, cwd=stack.project, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=stack.app, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -76,9 +78,10 @@ def backup(stack: NativeStack, what: str, folder: Path, *, expected: int = 0) ->
 
 @contextmanager
 def new_stack(line: Line) -> Iterator[NativeStack]:
-    """Another stack with the same .env and nothing in it, beside the first: its addresses are others."""
+    """Another stack with the same .env and nothing in it."""
     root = line.stack.root / "other"
     root.mkdir(mode=0o711)
-    stack = NativeStack(line.stack.services, root, line.stack.project, line.image_tag, line.stack.bento_home, number=1)
+    old = line.stack
+    stack = NativeStack(old.services, root, old.project, old.app, line.image_tag, old.bento_home, number=1)
     with ended(stack):
         yield stack
