@@ -39,7 +39,6 @@ OPTIONS = """\
 #STACK_BIND=127.0.0.1        # address that the ports are bound to; put a proxy with TLS before anything wider
 #STACK_HOST=localhost        # name under which browsers reach MLflow, by its port or through a proxy
 #PREFECT_PUBLIC_URL=http://localhost:4200    # address under which browsers reach Prefect
-#DATA_REPO=.                 # checkout with DVC whose data the worker may read at /data-repo
 #ENCODER_PORT=3000
 #MLFLOW_PORT=5000
 #PREFECT_PORT=4200

@@ -36,9 +36,7 @@ COPY --from=packages /opt/ekiben /opt/ekiben
 COPY --from=project /app /app
 ARG REVISION=unknown
 # There is no Git in here to ask which commit this is.
-RUN echo "${REVISION}" > /app/REVISION \
-    # A checkout that is mounted for its data belongs to somebody else.
-    && printf '[safe]\n\tdirectory = /data-repo\n' > /etc/gitconfig
+RUN echo "${REVISION}" > /app/REVISION
 # Two places are written: /state (worth a volume) and /tmp.
 ENV PATH=/opt/ekiben/bin:$PATH \
     HOME=/state \

@@ -267,6 +267,16 @@ def test_ports_are_bound_to_one_address_and_meet_nowhere(secrets: dict[str, str]
     }, "databases, files and the exporter are for the other services only"
 
 
+def test_who_talks_to_callers_reaches_neither_databases_nor_files() -> None:
+    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    assert set.union(*networks.values()) == set(STACK["networks"])
+    assert networks["encoder"].isdisjoint(networks["postgres"] | networks["s3"] | networks["prefect"])
+    for name, service in SERVICES.items():
+        assert all(networks[name] & networks[other] for other in service.get("depends_on", {})), name
+    for asker, asked in (("encoder", "mlflow"), ("prometheus", "encoder"), ("worker", "encoder"), ("worker", "s3")):
+        assert networks[asker] & networks[asked], f"{asker} does not reach {asked}"
+
+
 def test_volumes_are_declared_used_and_nothing_of_the_checkout_is_written() -> None:
     defaults = dict.fromkeys(SECRETS, "secret")
     volumes = [volume for service in SERVICES.values() for volume in service.get("volumes", [])]

@@ -63,6 +63,18 @@ def test_a_weak_secret_is_refused_without_being_shown(weak: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_identity_is_a_name_and_may_be_short_but_not_empty() -> None:
+    assert read_names(complete("S3_ACCESS_KEY=team\n"))["S3_ACCESS_KEY"] == "team"
+    with pytest.raises(ValueError, match="S3_ACCESS_KEY"):
+        complete("S3_ACCESS_KEY=\n")
+
+
+@pytest.mark.parametrize("character", ["@", "$", "/", ":", "#", " "])
+def test_a_password_that_would_break_an_address_is_refused(character: str) -> None:
+    with pytest.raises(ValueError, match="MLFLOW_DB_PASSWORD"):
+        complete(f"MLFLOW_DB_PASSWORD=long-enough-{character}-to-be-one\n")
+
+
 def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     assert sorted(write_env(path)) == sorted(SECRETS)
@@ -70,6 +82,9 @@ def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     path.write_text("\n".join(path.read_text().splitlines()[:-40]) + "\n")
     path.chmod(0o644)
     assert write_env(path), "nothing was missing: this test shows nothing"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    assert write_env(path) == []
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
 

@@ -61,7 +61,7 @@ class Line:
 
     @property
     def data(self) -> dict[str, Any]:
-        return {"pairs": self.stack.localize(f"/data-repo/{PAIRS}", "worker"), "data_rev": self.data_rev}
+        return {"pairs": str(self.stack.project / PAIRS), "data_rev": self.data_rev}
 
     def train(self, seed: int = 1, steps: int = 4) -> dict[str, Any]:
         return {

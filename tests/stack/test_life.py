@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 def test_new_data_go_through_s3_into_a_clean_clone(line: Line) -> None:
     environment = line.stack["worker"].environment
     dvc(line.team, environment, "push", "--remote", "store")
-    clean = line.stack.project  # what is mounted into the worker: a clone that has never seen the data
+    clean = line.stack.project  # the worker's checkout (docs/dvc.md): a clone that has never seen the data
     pull(clean)
     assert not (clean / PAIRS).exists()
     dvc(clean, environment, "pull", PAIRS)
