@@ -10,7 +10,7 @@ import boto3
 import httpx
 import pytest
 
-from deployments.backup import DATABASES
+from deployments.backup import OWNERS
 from deployments.stack_env import SECRETS
 from tests.stack.conftest import Line
 from tests.stack.line import say
@@ -44,7 +44,7 @@ def test_no_secret_is_in_what_the_stack_makes(line: Line) -> None:
 
     with pytest.raises(AssertionError, match=SOUGHT[0]):
         look("a planted one", b"x" + next(iter(secrets)) + b"y")
-    for name in DATABASES:
+    for name in OWNERS:
         look(f"the database {name}", dump(line, name))
     environment = line.stack["worker"].environment
     client = boto3.client(
