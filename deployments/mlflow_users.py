@@ -32,7 +32,7 @@ def wait_for(client: httpx.Client, admin: str) -> None:
             if answer.status_code == 401:
                 raise SystemExit(
                     f"MLflow at {client.base_url} does not take the admin's password. It keeps the one that it was "
-                    "first started with: give that one, or change it there first (docs/operations.md, 'Keys')"
+                    "first started with: give that one, or change it there first (docs/operations.md, 'Changing keys')"
                 )
             if answer.status_code in (200, 404):
                 return

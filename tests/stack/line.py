@@ -28,13 +28,13 @@ def say(step: str) -> None:
 
 
 def wait_for(what: str, ask: Callable[[], Any], timeout_s: float, every_s: float = 0.5) -> Any:
-    """Ask until there is an answer; an error on the way counts as none."""
+    """Ask until there is an answer that is not empty; an error on the way counts as none."""
     deadline = time.monotonic() + timeout_s
     problem: object = "nothing"
     while time.monotonic() < deadline:
         try:
             found = ask()
-            if found is not None and found is not False:
+            if isinstance(found, np.ndarray) or found:
                 return found
             problem = found
         except (httpx.HTTPError, KeyError, IndexError) as error:

@@ -24,8 +24,9 @@ USERS = {
     "encoder": "MLFLOW_ENCODER_PASSWORD",
     "ekiben": "PREFECT_PASSWORD",
 }
-# MLflow's server reads its own users from a file that only it may read.
-ITS_OWN_FILE = "basic_auth.ini"
+# What MLflow's server reads its users from, and what Prefect hands a run its environment in (a killed one leaves it
+# behind): in a folder of the container's /tmp that only its own user may enter.
+OWN_FILES = {"basic_auth.ini", "workspace.json"}
 # A database keeps what it must compare passwords with; the files of a server itself are its own business.
 OWN_VOLUMES = {"postgres", "s3"}
 
@@ -84,7 +85,7 @@ def files_of(line: Line) -> list[Path]:
     found = list(root.glob("*.log"))
     for folder in folders:
         found += [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    own = [path for path in found if path.name == ITS_OWN_FILE]
-    assert all(path.stat().st_mode & 0o077 == 0 for path in own)
+    own = [path for path in found if path.name in OWN_FILES and path.parent.parent.name.endswith("-tmp")]
+    assert all(path.parent.stat().st_mode & 0o077 == 0 for path in own)
     found = [path for path in found if path not in own]
     return found
