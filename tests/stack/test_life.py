@@ -93,8 +93,9 @@ def test_who_shows_no_password_gets_nothing(line: Line) -> None:
 def test_a_scheduled_pipeline_makes_a_champion_and_the_running_encoder_swaps_to_it(line: Line) -> None:
     assert line.encoder.encode()[0] == line.image_tag
     nightly = line.prefect.deployment(NIGHTLY)
-    at = (datetime.now(UTC) + timedelta(seconds=80)).replace(second=0, microsecond=0)
-    # What somebody adds in the UI: a time of their own, here the next full minute but for 20 s, with parameters.
+    # What somebody adds in the UI: a time of their own, with parameters. Prefect plans new times once a minute, so this
+    # one is more than that ahead.
+    at = (datetime.now(UTC) + timedelta(seconds=150)).replace(second=0, microsecond=0)
     (added,) = line.prefect.post(
         f"/deployments/{nightly['id']}/schedules",
         [
@@ -112,7 +113,7 @@ def test_a_scheduled_pipeline_makes_a_champion_and_the_running_encoder_swaps_to_
         return next((run for run in now if run["state"]["type"] not in ("SCHEDULED",)), None)
 
     with Callers(line.encoder) as callers:
-        run = wait_for("the scheduled run begins", mine, 180)
+        run = wait_for("the scheduled run begins", mine, 300)
         kind, message = line.prefect.wait(str(run["id"]), 400)
         assert kind == "COMPLETED", f"{message}\n{line.prefect.logs(str(run['id']))}\n{line.stack['worker'].tail()}"
         tag = wait_for("a champion", lambda: champion(line.stack), 30)
