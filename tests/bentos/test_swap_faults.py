@@ -224,6 +224,9 @@ def test_a_registry_that_comes_and_goes(home: Path, tmp_path: Path, successor_pa
         assert served.client.post("/encode", json={"texts": TEXTS}).headers["x-ekiben-model"] == two
         # what was fetched is there when the registry is away: a worker that is started anew needs nothing else
     with open_server(home, tmp_path / "cwd", one, workers=1, MLFLOW_TRACKING_URI=uri) as served:
+        assert served.info()["live"] == two, "it was the champion when it was last served here"
+    shutil.rmtree(home / "ekiben" / "last-seen")
+    with open_server(home, tmp_path / "cwd", one, workers=1, MLFLOW_TRACKING_URI=uri) as served:
         assert served.info()["live"] == one, "nobody says what the champion is"
 
 

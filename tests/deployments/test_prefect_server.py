@@ -52,7 +52,7 @@ class Line:
     def ask(self, method: str, path: str, body: object = None) -> Any:
         deadline = time.monotonic() + 60
         while True:
-            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=60)
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=180)
             if answer.status_code != 503 or time.monotonic() > deadline:
                 break
             time.sleep(0.5)  # SQLite is locked for a moment; Prefect's clients ask again, too
