@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 from prefect.utilities.templating import apply_values
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 K8S = ROOT / "deployments" / "k8s"
 JOB_TEMPLATE = ROOT / "deployments" / "prefect" / "kubernetes.json"
 FLOW_RUN = "Job/flow-run"
+DOOR = "encoder"
 RUN_LABELS = {"prefect.io/flow-run-id": "of-a-run"}  # Prefect's worker labels each job and its pod so
 
 Document = dict[str, Any]
@@ -162,3 +163,8 @@ def count_bytes(quantity: str) -> int:
     found = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", quantity)
     assert found, quantity
     return int(found[1]) * 1024 ** (["Ki", "Mi", "Gi"].index(found[2]) + 1)
+
+
+def routes_of_the_server() -> set[str]:
+    document = json.loads((ROOT / "docs" / "openapi.json").read_text(encoding="utf-8"))
+    return set(document["paths"])
