@@ -32,7 +32,7 @@ OWNERS = {"mlflow": "mlflow", "mlflow_auth": "mlflow", "optuna": "optuna", "pref
 FIRST_TABLES = {"mlflow": "experiments", "mlflow_auth": "users", "optuna": "studies", "prefect": "flow"}
 MARK = "backup.json"
 HERE = Path(__file__).resolve().parent
-AGAIN = "Nothing was written."
+NOTHING_DONE = "Nothing was written."
 
 
 class BackupError(Exception):
@@ -111,13 +111,15 @@ def restore(folder: Path, tools: Tools, *, force: bool = False) -> None:
     folder = folder.resolve()
     _check_whole(folder)
     if connected := _ask(tools, "postgres", _CONNECTED):
-        raise BackupError(f"{connected} are connected to the databases: stop all services but postgres and s3. {AGAIN}")
+        raise BackupError(
+            f"{connected} are connected to the databases: stop all services but postgres and s3. {NOTHING_DONE}"
+        )
     if not force:
         filled = [name for name in OWNERS if _is_filled(tools, name)]
         if filled:
             raise BackupError(
                 f"the database {filled[0]} is in use already: restore into a new stack of which only postgres and s3 "
-                f"have been started, or give --force to replace what is there. {AGAIN}"
+                f"have been started, or give --force to replace what is there. {NOTHING_DONE}"
             )
     done: list[str] = []
     try:
@@ -156,11 +158,11 @@ def _replace_database(tools: Tools, name: str, owner: str, dump: Path) -> None:
 
 def _check_whole(folder: Path) -> None:
     if not (folder / MARK).exists():
-        raise BackupError(f"{folder} holds no whole backup: {MARK} is missing. {AGAIN}")
+        raise BackupError(f"{folder} holds no whole backup: {MARK} is missing. {NOTHING_DONE}")
     sums = json.loads((folder / MARK).read_text(encoding="utf-8"))["databases"]
     for name in OWNERS:
         if not (folder / f"{name}.dump").is_file() or _digest(folder / f"{name}.dump") != sums.get(name):
-            raise BackupError(f"{folder}/{name}.dump is missing or altered. {AGAIN}")
+            raise BackupError(f"{folder}/{name}.dump is missing or altered. {NOTHING_DONE}")
 
 
 def _is_filled(tools: Tools, name: str) -> bool:

@@ -15,46 +15,17 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, start_http_server
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ValidationError
 
 from flows.core.line_metrics import LineCollector, Watch
 from flows.core.line_sources import PrefectSource, RegistrySource
 from flows.core.mlflow_client import SERVER_SCHEMES
 from flows.errors import EkibenError, ParamsError, hide_password
+from flows.settings import LineSettings
 
 PORT = 9105
 HOST = "0.0.0.0"  # who scrapes is on another machine, or in another container
 logger = logging.getLogger(__name__)
-
-
-class LineSettings(BaseSettings):
-    """Whom the exporter asks: the variables that Prefect and MLflow themselves read."""
-
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True,
-        extra="ignore",
-        frozen=True,
-        populate_by_name=True,
-        hide_input_in_errors=True,  # it may hold passwords
-    )
-
-    prefect_url: str = Field("", validation_alias="PREFECT_API_URL", description="The API of the Prefect server.")
-    prefect_auth: SecretStr = Field(
-        SecretStr(""), validation_alias="PREFECT_API_AUTH_STRING", description="`user:password` of that server."
-    )
-    prefect_key: SecretStr = Field(
-        SecretStr(""), validation_alias="PREFECT_API_KEY", description="Key of Prefect Cloud."
-    )
-    mlflow_url: str = Field("", validation_alias="MLFLOW_TRACKING_URI", description="The MLflow server.")
-    mlflow_username: str = Field("", validation_alias="MLFLOW_TRACKING_USERNAME", description="User at that server.")
-    mlflow_password: SecretStr = Field(
-        SecretStr(""), validation_alias="MLFLOW_TRACKING_PASSWORD", description="The user's password."
-    )
-    mlflow_token: SecretStr = Field(
-        SecretStr(""), validation_alias="MLFLOW_TRACKING_TOKEN", description="Token to show, in place of both."
-    )
-    model_name: str = Field("ekiben", validation_alias="EKIBEN_MODEL_NAME", description="Name in the model registry.")
 
 
 def open_collector(settings: LineSettings) -> LineCollector:

@@ -133,6 +133,35 @@ class FlowSettings(BaseSettings):
         }
 
 
+class LineSettings(BaseSettings):
+    """Whom the exporter of the line asks: the variables that Prefect and MLflow themselves read."""
+
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # it may hold passwords
+    )
+
+    prefect_url: str = Field("", validation_alias="PREFECT_API_URL", description="The API of the Prefect server.")
+    prefect_auth: SecretStr = Field(
+        SecretStr(""), validation_alias="PREFECT_API_AUTH_STRING", description="`user:password` of that server."
+    )
+    prefect_key: SecretStr = Field(
+        SecretStr(""), validation_alias="PREFECT_API_KEY", description="Key of Prefect Cloud."
+    )
+    mlflow_url: str = Field("", validation_alias="MLFLOW_TRACKING_URI", description="The MLflow server.")
+    mlflow_username: str = Field("", validation_alias="MLFLOW_TRACKING_USERNAME", description="User at that server.")
+    mlflow_password: SecretStr = Field(
+        SecretStr(""), validation_alias="MLFLOW_TRACKING_PASSWORD", description="The user's password."
+    )
+    mlflow_token: SecretStr = Field(
+        SecretStr(""), validation_alias="MLFLOW_TRACKING_TOKEN", description="Token to show, in place of both."
+    )
+    model_name: str = Field("ekiben", validation_alias="EKIBEN_MODEL_NAME", description="Name in the model registry.")
+
+
 # On a terminal the `ekiben` command speaks for the flows; Prefect's own lines still reach its API and UI.
 TERMINAL_ENVIRONMENT = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 import psutil
 
 from bentos.manifest import read_manifest, write_manifest
+from tests.processes import find_free_port
 
 START_TIMEOUT_S = 120.0
 
@@ -72,9 +72,7 @@ class Server:
 @contextlib.contextmanager
 def serve(target: str, home: Path, cwd: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run `bentoml serve TARGET` on a free port until the block ends; yields when it answers, ready or not."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     cwd.mkdir(parents=True, exist_ok=True)
     log = cwd / f"serve-{port}.log"
     command = [sys.executable, "-m", "bentoml", "serve", target, "--host", "127.0.0.1", "--port", str(port)]

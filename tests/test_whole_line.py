@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 
 from tests.bentos.traffic import Traffic, find_wrong
 from tests.flows.support import write_pairs
+from tests.processes import find_free_port
 from tests.serving import serve
 
 ROOT = Path(__file__).parents[1]
@@ -74,9 +74,7 @@ class Up:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """What `make up` runs, on a port of its own."""
     home = tmp_path_factory.mktemp("up")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     with (home / "stderr").open("w") as errors:
         process = subprocess.Popen(
             [EKIBEN, "up", "--port", str(port), "--json"],

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import logging
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from flows.core.serving import stop
 from flows.core.watchdog import OWNER, end_children_with_this_process
 from tests.benchmarks.connection import HOST
 from tests.benchmarks.peers import Peer
+from tests.processes import find_free_port
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180.0, 60.0
@@ -98,7 +98,7 @@ def running(peer: Peer, log: Path) -> Iterator[RunningServer]:
     Raises:
         ServerError: when it does not become ready; quotes the end of its log.
     """
-    port = _find_free_port()
+    port = find_free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [part.format(port=port) for part in peer.command]
     end_children_with_this_process()  # also when this one is killed
@@ -147,10 +147,3 @@ def _request(port: int, method: str, path: str, body: bytes | None = None) -> tu
         return response.status, response.read()
     finally:
         connection.close()
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

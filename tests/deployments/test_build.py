@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.deployments.conftest import BUILD, ROOT
+from deployments.images import build
+from tests.deployments.conftest import ROOT
 
 DOCKERFILES = sorted((ROOT / "deployments" / "images").glob("*.Dockerfile"))
-
-
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_images", BUILD)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def put_engine(folder: Path, name: str, script: str) -> None:
@@ -32,9 +19,7 @@ def put_engine(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_the_first_engine_that_answers_is_taken(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_engine_that_answers_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_engine(tmp_path, "docker", "echo 'no daemon' >&2; exit 1")
     put_engine(tmp_path, "podman", "exit 0")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -42,7 +27,7 @@ def test_the_first_engine_that_answers_is_taken(
 
 
 def test_without_an_engine_it_says_what_was_looked_for_and_what_to_install(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_engine(tmp_path, "docker", "echo 'no daemon' >&2; exit 1")
     monkeypatch.setattr(build.shutil, "which", lambda name: str(tmp_path / name) if name == "docker" else None)
@@ -60,9 +45,7 @@ def test_without_an_engine_it_says_what_was_looked_for_and_what_to_install(
         assert part in said
 
 
-def test_a_bento_that_is_not_there_is_one_line(
-    build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bento_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         build.export_bento("ekiben:77-00000000", tmp_path / "bento")
     assert ended.value.code == 1
@@ -72,7 +55,7 @@ def test_a_bento_that_is_not_there_is_one_line(
     assert "ekiben up" in said
 
 
-def test_the_command_line_is_the_engines(build: ModuleType, tmp_path: Path) -> None:
+def test_the_command_line_is_the_engines(tmp_path: Path) -> None:
     recipe = build.Recipe("ekiben-x", "3-1f2e3d4c", tmp_path / "x.Dockerfile", tmp_path, {"VERSION": "3"})
     docker = build.build_command("docker", recipe, ["--network=host"])
     assert docker[:2] == ["docker", "build"]
@@ -86,7 +69,7 @@ def test_the_command_line_is_the_engines(build: ModuleType, tmp_path: Path) -> N
     assert podman[podman.index("--format") + 1] == "docker"  # else HEALTHCHECK is left out
 
 
-def test_options_after_two_dashes_go_to_the_engine(build: ModuleType) -> None:
+def test_options_after_two_dashes_go_to_the_engine() -> None:
     arguments, options = build.read_command_line(["line", "mlflow", "--engine", "podman", "--", "--build-arg", "A=b"])
     assert arguments.images == ["line", "mlflow"]
     assert options == ["--build-arg", "A=b"]
@@ -94,7 +77,7 @@ def test_options_after_two_dashes_go_to_the_engine(build: ModuleType) -> None:
         build.read_command_line(["lime"])
 
 
-def test_the_bentos_own_versions_go_before_the_locks(build: ModuleType) -> None:
+def test_the_bentos_own_versions_go_before_the_locks() -> None:
     lock = "# made\nnumpy==2.4.6\n    # via x\norjson==3.13.0 ; python_version < '4'\nPyYAML==6.0\n--hash=x\n"
     constraints = build.constrain(lock, "numpy==2.0.0\n").splitlines()
     assert [line.split("==")[0] for line in constraints] == ["orjson", "PyYAML"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 import socket
@@ -12,13 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from deployments.grafana import make_dashboards
 from tests.deployments.monitored import (
     DEPLOYMENTS,
     OWN,
@@ -31,6 +30,7 @@ from tests.deployments.monitored import (
 )
 from tests.deployments.promql import find_faults, read_query
 from tests.flows.line_servers import act
+from tests.processes import find_free_port
 
 FOLDER = DEPLOYMENTS / "grafana"
 DASHBOARDS = {
@@ -58,18 +58,6 @@ def exposed(tmp_path_factory: pytest.TempPathFactory, tiny_lunchbox_path: Path) 
     return exposed_metrics(folder, tiny_lunchbox_path)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_dashboards", FOLDER / "make_dashboards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "make_dashboards", module)  # dataclasses look there
-        spec.loader.exec_module(module)
-    return module
-
-
 def fill(expression: str) -> str:
     """An expression as Grafana sends it."""
     return expression.replace("$__rate_interval", "1m").replace("$__range", "5m").replace("$instance", ".*")
@@ -82,9 +70,11 @@ def expressions(panel: dict[str, Any]) -> list[str]:
 # --- the files
 
 
-def test_the_files_are_what_the_script_writes(script: ModuleType) -> None:
+def test_the_files_are_what_the_script_writes() -> None:
     written = {path.stem: path.read_text(encoding="utf-8") for path in (FOLDER / "dashboards").iterdir()}
-    assert written == {name: script.render(dashboard) for name, dashboard in script.DASHBOARDS.items()}
+    assert written == {
+        name: make_dashboards.render(dashboard) for name, dashboard in make_dashboards.DASHBOARDS.items()
+    }
 
 
 @pytest.mark.parametrize("name", sorted(DASHBOARDS))
@@ -218,9 +208,7 @@ class Prometheus:
 def run_prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
     """Run Prometheus with the project's configuration, but for the addresses and how often it asks."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{find_free_port()}"
     config = yaml.safe_load((DEPLOYMENTS / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     for job in config["scrape_configs"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ from tests.bentos.shelves import make_successor
 from tests.bentos.test_swap_registry import put
 from tests.deployments.conftest import ROOT, Images
 from tests.deployments.engine import Container, Engine
+from tests.processes import find_free_port
 from tests.registry import run_mlflow
 
 pytestmark = pytest.mark.container
@@ -40,9 +40,7 @@ def serve(engine: Engine) -> Iterator[Serve]:
     started = []
 
     def start(image: str, *options: str, **environment: str) -> Container:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = find_free_port()
         container = Container(engine, f"ekiben-test-{uuid.uuid4().hex[:12]}", f"http://127.0.0.1:{port}")
         variables = {"BENTOML_HOST": "127.0.0.1", "BENTOML_PORT": str(port), **environment}
         flags = [f"--env={name}={value}" for name, value in variables.items()]

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 
 from flows.settings import PROJECT_ROOT
 from tests.flows.support import write_pairs
+from tests.processes import family_of, find_free_port, kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -121,7 +120,7 @@ class Line:
 def line(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Iterator[Line]:
     """Start a server of its own on SQLite, and set it up once."""
     folder = tmp_path_factory.mktemp("prefect")
-    port, told = free_port(), []
+    port, told = find_free_port(), []
     url = f"http://127.0.0.1:{port}/api"
     home = folder / "ekiben"
     home.mkdir()
@@ -176,21 +175,6 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
             process.wait(timeout=30)
 
 
-def family_of(pid: int) -> list[psutil.Process]:
-    """A process and all that came of it."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill(family: list[psutil.Process]) -> None:
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):  # psutil knows a process whose id has another owner now
-            process.kill()
-
-
 @contextlib.contextmanager
 def hook(told: list[dict[str, Any]]) -> Iterator[str]:
     """A webhook that keeps what it is told; yields its address."""
@@ -213,12 +197,6 @@ def hook(told: list[dict[str, Any]]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, explain: Callable[[], object] = str) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
@@ -31,6 +28,7 @@ from prefect.settings.models.flows import FlowsSettings
 from prefect.utilities.callables import parameter_schema
 from pydantic import BaseModel
 
+from deployments.prefect import setup
 from flows.options import load_params
 from flows.settings import PROJECT_ROOT
 
@@ -38,19 +36,6 @@ PREFECT_FILE = PROJECT_ROOT / "prefect.yaml"
 FOLDER = PROJECT_ROOT / "deployments" / "prefect"
 OWN_KEYS = {"definitions"}  # of anchors; Prefect passes over it
 WITHOUT_VALUE = {"rollback": {"reason"}}  # what nobody but the caller can say
-
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prefect_setup", FOLDER / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-setup = load_setup()
 DOCUMENT: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
 DEPLOYMENTS: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in DOCUMENT["deployments"]}
 AUTOMATIONS: list[dict[str, Any]] = yaml.safe_load((FOLDER / "automations.yaml").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.flows.line_servers import act, busy_line, serve_line
+from tests.processes import find_free_port
 
 PROMTOOL = shutil.which("promtool")
 MAX_RSS_MB = 100.0
@@ -234,11 +235,7 @@ def test_a_real_prefect_server_is_understood(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def real_prefect(folder: Path, user: str) -> Iterator[str]:
     """A Prefect server that asks for a user, on a database of its own; yields the address of its API."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     own = {
         "PREFECT_HOME": str(folder),
         "PREFECT_SERVER_API_AUTH_STRING": user,

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pathspec
-import psutil  # type: ignore[import-untyped]
 import yaml
 
+from tests.processes import family_of, kill
 from tests.stack.compose import Service
 
 POSTGRES_FOLDERS = [Path("/usr/lib/postgresql") / str(version) / "bin" for version in range(18, 13, -1)]
@@ -109,14 +109,14 @@ class Native:
         if self.process is None:
             return 0.0
         begun = time.monotonic()
-        family = _family(self.process.pid)
+        family = family_of(self.process.pid)
         if how is signal.SIGKILL:
-            _kill(family)
+            kill(family)
         elif self.is_running:
             self.process.send_signal(how)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=grace_s)
-            _kill(family)
+            kill(family)
         self.process.wait(timeout=30)
         self.process = None
         return time.monotonic() - begun
@@ -312,18 +312,3 @@ def _as_postgres(argv: list[str]) -> list[str]:
 def _search_path() -> str:
     folders = [Path(sys.executable).parent, *(folder for folder in POSTGRES_FOLDERS if folder.is_dir())]
     return os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(family: list[psutil.Process]) -> None:
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(family, timeout=10)
