@@ -73,10 +73,24 @@ def save(folder: Path, tools: Tools) -> None:
         BackupError: a part could not be saved; what was there before still is.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder / MARK).exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BackupError(f"{folder} holds something else than a backup: choose another folder")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _save_into(part, tools)
+    except BaseException:  # Ctrl-C as well: nobody would look for it there, and it may fill the disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_into(part: Path, tools: Tools) -> None:
     part.mkdir(parents=True)
     sums = {}
     for name in OWNERS:
@@ -88,12 +102,6 @@ def save(folder: Path, tools: Tools) -> None:
     _run_buckets(tools, part, "save")
     at = datetime.now(UTC).isoformat(timespec="seconds")
     (part / MARK).write_text(json.dumps({"saved": at, "databases": sums}, indent=1), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(folder: Path, tools: Tools, *, force: bool = False) -> None:
@@ -159,7 +167,10 @@ def _replace_database(tools: Tools, name: str, owner: str, dump: Path) -> None:
 def _check_whole(folder: Path) -> None:
     if not (folder / MARK).exists():
         raise BackupError(f"{folder} holds no whole backup: {MARK} is missing. {NOTHING_DONE}")
-    sums = json.loads((folder / MARK).read_text(encoding="utf-8"))["databases"]
+    try:
+        sums = dict(json.loads((folder / MARK).read_text(encoding="utf-8"))["databases"])
+    except (ValueError, KeyError, TypeError):
+        raise BackupError(f"{folder} holds no whole backup: {MARK} is damaged. {NOTHING_DONE}") from None
     for name in OWNERS:
         if not (folder / f"{name}.dump").is_file() or _digest(folder / f"{name}.dump") != sums.get(name):
             raise BackupError(f"{folder}/{name}.dump is missing or altered. {NOTHING_DONE}")
@@ -211,7 +222,7 @@ def main() -> None:
             save(given.folder, tools)
         else:
             restore(given.folder, tools, force=given.force)
-    except BackupError as error:
+    except (BackupError, OSError) as error:
         sys.exit(f"backup: {error}")
     sys.stdout.write(f"backup: {given.what}d, {given.folder}\n")
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 INDEX = "buckets.json"
 HEALTH_KEY = ".health"  # of the health check
+REFUSALS = (Boto3Error, ClientError, BotoCoreError)  # what boto3 raises; a transfer has classes of its own
 
 
 class BucketsError(Exception):
@@ -67,15 +69,22 @@ def restore(client: Any, buckets: Mapping[str, str], folder: Path, *, force: boo
         force: overwrite objects of the same name; others stay.
 
     Raises:
-        BucketsError: the copy is not whole, or a bucket is not empty and `force` is not given; nothing was written.
+        BucketsError: the copy is not whole, or a bucket is not empty and `force` is not given (nothing was written
+            then); or an object could not be written, and how many were.
     """
     index = check(folder)
     filled = [bucket for bucket in buckets.values() if next(list_objects(client, bucket), None) is not None]
     if filled and not force:
         raise BucketsError(f"the bucket {filled[0]} is not empty: restore into a new one, or give --force to overwrite")
-    for name in index:
+    for done, name in enumerate(index):
         role, _, key = name.partition("/")
-        client.upload_file(str(locate(folder, name)), buckets[role], key)
+        try:
+            client.upload_file(str(locate(folder, name)), buckets[role], key)
+        except REFUSALS as error:
+            raise BucketsError(
+                f"half restored ({done} of {len(index)} objects, no database): {error}. Start no service; give the "
+                "command again with --force when the reason is gone"
+            ) from None
     return len(index)
 
 
@@ -86,9 +95,11 @@ def check(folder: Path) -> dict[str, str]:
         BucketsError: the copy is not whole.
     """
     try:
-        index: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, str] = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise BucketsError(f"{folder} holds no whole copy: {INDEX} is missing") from None
+    except (ValueError, TypeError):
+        raise BucketsError(f"{folder} holds no whole copy: {INDEX} is damaged") from None
     paths = {name: locate(folder, name) for name in index}
     damaged = [name for name, path in paths.items() if not path.is_file() or _digest(path) != index[name]]
     if damaged:
@@ -133,13 +144,13 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite objects of the same name")
     given = parser.parse_args()
     os.umask(0o077)
-    client, buckets = open_client(), name_buckets(os.environ)
     try:
+        client, buckets = open_client(), name_buckets(os.environ)
         if given.what == "save":
             count = save(client, buckets, given.folder)
         else:
             count = restore(client, buckets, given.folder, force=given.force)
-    except (BucketsError, ClientError, BotoCoreError) as error:
+    except (BucketsError, *REFUSALS, OSError) as error:
         sys.exit(f"buckets: {error}")
     sys.stdout.write(f"buckets: {count} objects {given.what}d\n")
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import httpx
 
 PASSWORDS = {"line": "MLFLOW_TRACKING_PASSWORD", "encoder": "MLFLOW_ENCODER_PASSWORD"}
+ADMIN = ("MLFLOW_ADMIN_USERNAME", "MLFLOW_ADMIN_PASSWORD")
 WAIT_S = 300.0
 
 
@@ -48,25 +49,32 @@ def set_user(client: httpx.Client, name: str, password: str) -> str:
     """Make the user, or set its password; returns what was done.
 
     Raises:
-        httpx.HTTPStatusError: the server refused.
+        SystemExit: the server refused.
     """
     known = client.get("/api/2.0/mlflow/users/get", params={"username": name})
     user = {"username": name, "password": password}
     if known.status_code == 404:
-        client.post("/api/2.0/mlflow/users/create", json=user).raise_for_status()
+        _check(client.post("/api/2.0/mlflow/users/create", json=user), name)
         return "made"
-    known.raise_for_status()
+    _check(known, name)
     own = httpx.Client(base_url=client.base_url, auth=(name, password), timeout=client.timeout)
     with own:
         if own.get("/api/2.0/mlflow/users/get", params={"username": name}).status_code == 200:
             return "as it should be"
-    client.patch("/api/2.0/mlflow/users/update-password", json=user).raise_for_status()
+    _check(client.patch("/api/2.0/mlflow/users/update-password", json=user), name)
     return "given its new password"
+
+
+def _check(answer: httpx.Response, name: str) -> None:
+    if answer.is_error:
+        raise SystemExit(f"MLflow refused its user {name}: {answer.status_code} {answer.text[:200]}")
 
 
 def main(environment: Mapping[str, str]) -> None:
     """Wait for the server and set both users."""
-    admin = (environment["MLFLOW_ADMIN_USERNAME"], environment["MLFLOW_ADMIN_PASSWORD"])
+    if missing := [name for name in ("MLFLOW_TRACKING_URI", *ADMIN, *PASSWORDS.values()) if not environment.get(name)]:
+        raise SystemExit(f"{', '.join(missing)} must be set: `make stack-env` makes them for docker-compose.yml")
+    admin = (environment[ADMIN[0]], environment[ADMIN[1]])
     with httpx.Client(base_url=environment["MLFLOW_TRACKING_URI"], auth=admin, timeout=30) as client:
         wait_for(client, admin[0])
         for name, variable in PASSWORDS.items():

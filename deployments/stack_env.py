@@ -62,7 +62,8 @@ OPTIONS = """\
 """
 LEAST_CHARACTERS = 16
 IDENTITIES = ("S3_ACCESS_KEY",)  # a name rather than a secret: may be short
-# They become parts of addresses, and compose reads a dollar as a variable.
+MISREAD = re.compile(r"[\s$#'\"\\]")  # by compose: variables, remarks, quotes
+# Those of databases become parts of addresses.
 PLAIN = re.compile(r"[A-Za-z0-9_.~-]*")
 
 
@@ -76,7 +77,7 @@ def complete(text: str) -> str:
     """The text of a .env with every secret in it; lines that are there stay byte for byte.
 
     Raises:
-        ValueError: a secret is there, but empty or too short, or has characters that an address cannot hold.
+        ValueError: a secret is there, but empty or too short, or has characters that would be read as something else.
     """
     known = read_names(text)
     chosen = [name for name in SECRETS if name in known]
@@ -88,6 +89,11 @@ def complete(text: str) -> str:
         )
     if odd := [name for name in chosen if name.endswith("_DB_PASSWORD") and not PLAIN.fullmatch(known[name])]:
         raise ValueError(f"{', '.join(odd)} may hold letters, digits and _ . ~ - only: it becomes part of an address")
+    if odd := [name for name in chosen if MISREAD.search(known[name])]:
+        raise ValueError(
+            f"{', '.join(odd)} holds a blank or one of $ # ' \" \\: docker compose would read that as something else; "
+            "take the line out to have one made"
+        )
     lines = []
     for name, meaning in SECRETS.items():
         if name not in known:
@@ -103,7 +109,8 @@ def write_env(path: Path) -> list[str]:
     """Complete the file, readable by its owner only; returns the names that were added.
 
     Raises:
-        ValueError: a secret is too short.
+        ValueError: a secret cannot be used.
+        OSError: the file cannot be read or written.
     """
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     after = complete(before)
@@ -123,7 +130,7 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0] if arguments else ".env")
     try:
         added = write_env(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{path}: {error}\n")
         return 2
     sys.stdout.write(f"{path}: added {', '.join(added)}\n" if added else f"{path}: complete\n")

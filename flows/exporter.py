@@ -35,7 +35,7 @@ def open_collector(settings: LineSettings) -> LineCollector:
         ParamsError: there is no server to ask, or an address is none.
     """
     for name, url in (("PREFECT_API_URL", settings.prefect_url), ("MLFLOW_TRACKING_URI", settings.mlflow_url)):
-        if url and (urlsplit(url).scheme not in SERVER_SCHEMES or not urlsplit(url).hostname):
+        if url and not _is_server(url):
             raise ParamsError(
                 f"{name} is {hide_password(url)!r}; the exporter asks servers only, such as http://host:4200/api or "
                 "http://host:5000: correct or unset it"
@@ -60,6 +60,14 @@ def open_collector(settings: LineSettings) -> LineCollector:
     )
 
 
+def _is_server(url: str) -> bool:
+    try:
+        address = urlsplit(url)
+    except ValueError:  # such as half an IPv6 address
+        return False
+    return address.scheme in SERVER_SCHEMES and bool(address.hostname)
+
+
 def export_metrics(host: str = HOST, port: int = PORT) -> None:
     """Answer scrapes until SIGTERM or Ctrl-C.
 
@@ -77,7 +85,7 @@ def export_metrics(host: str = HOST, port: int = PORT) -> None:
         signal.signal(number, lambda *_: ended.set())
     try:
         server, _ = start_http_server(port, host, registry)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter: no port has that number
         raise ParamsError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
     logger.info("metrics of the line at http://%s:%s/metrics", host, server.server_port)
     ended.wait()

@@ -38,6 +38,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
 HERE = Path(__file__).resolve().parent
 PROJECT_ROOT = HERE.parents[1]
@@ -96,10 +97,12 @@ async def set_up(automations: Path = AUTOMATIONS_FILE) -> None:
     Raises:
         SetupError: names what is wrong and the cure.
     """
-    document = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    document, definitions = _read(PREFECT_FILE), _read(automations)
     chosen = os.environ.get("EKIBEN_WORK_POOL", "")
-    if chosen and chosen not in POOLS:
-        raise SetupError(f"EKIBEN_WORK_POOL is {chosen!r}: there are {', '.join(POOLS)}")
+    pools = sorted({chosen or deployment["work_pool"]["name"] for deployment in document["deployments"]})
+    if unknown := [name for name in pools if name not in POOLS]:
+        source = "EKIBEN_WORK_POOL" if chosen else "the work pool in prefect.yaml"
+        raise SetupError(f"{source} is {unknown[0]!r}: there are {', '.join(POOLS)}")
     if PREFECT_API_URL.value() is None:
         raise SetupError(
             "PREFECT_API_URL is not set: start a server (`prefect server start`) and set it; for one on this machine "
@@ -107,11 +110,18 @@ async def set_up(automations: Path = AUTOMATIONS_FILE) -> None:
         )
     async with get_client() as client:
         await wait_for_server(client)
-        for name in sorted({chosen or deployment["work_pool"]["name"] for deployment in document["deployments"]}):
+        for name in pools:
             await make_pool(client, name)
         await name_schedules(client, document)
         deploy(document, chosen)
-        await make_automations(client, automations)
+        await make_automations(client, definitions)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SetupError(f"{path} cannot be read: {error}") from error
 
 
 async def wait_for_server(client: PrefectClient) -> None:
@@ -210,14 +220,19 @@ def deploy(document: dict[str, Any], pool: str) -> None:
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
         done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SetupError(f"prefect deploy failed: {(done.stderr or done.stdout).strip()}")
+        said = "\n".join(part.strip() for part in (done.stdout, done.stderr))  # Prefect's own words are in either
+        raise SetupError(f"prefect deploy failed: {said.strip()}")
     names = ", ".join(deployment["name"] for deployment in document["deployments"])
     say(f"deployed: {names}")
 
 
-async def make_automations(client: PrefectClient, path: Path) -> None:
-    """Create or update the automations of a file; one whose webhook has no address is left out, or removed."""
-    for definition in yaml.safe_load(path.read_text(encoding="utf-8")):
+async def make_automations(client: PrefectClient, definitions: list[dict[str, Any]]) -> None:
+    """Create or update automations; one whose webhook has no address is left out, or removed.
+
+    Raises:
+        SetupError: Prefect does not take one.
+    """
+    for definition in definitions:
         name = definition["name"]
         found = await client.read_automations_by_name(name)
         wanted = [action["block"] for action in definition["actions"] if "block" in action]
@@ -228,7 +243,10 @@ async def make_automations(client: PrefectClient, path: Path) -> None:
             say(f"automation {name!r}: {'removed' if found else 'left out'}, {', '.join(missing)} is not set")
             continue
         actions = [await _with_block_id(action) for action in definition["actions"]]
-        desired = AutomationCore.model_validate(definition | {"actions": actions})
+        try:
+            desired = AutomationCore.model_validate(definition | {"actions": actions})
+        except ValidationError as error:
+            raise SetupError(f"automation {name!r} cannot be used: {error}") from error
         if not found:
             await client.create_automation(desired)
             say(f"automation {name!r}: created")

@@ -8,11 +8,11 @@ history knows what was under way. Whether an act was done follows from what came
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from flows.core.registry import Registry
 from flows.core.release_lock import whoami
@@ -41,6 +41,13 @@ class Act(BaseModel):
     compat: str = ""  # class of its space against that of `replaces`
     gates: list[str] = []  # that refused
 
+    @field_validator("at")
+    @classmethod
+    def _check_time(cls, at: str) -> str:
+        if at:  # an act that has not begun has none
+            datetime.strptime(at, STAMP)
+        return at
+
     @property
     def time(self) -> str:
         """When, in ISO 8601, UTC."""
@@ -53,16 +60,21 @@ class Act(BaseModel):
 
 
 def read_history(registry: Registry) -> list[Act]:
-    """All acts, the oldest first. Tags that somebody else wrote under such a name are left out."""
+    """All acts, the oldest first."""
+    return read_acts(registry.model_tags())
+
+
+def read_acts(tags: Mapping[str, str]) -> list[Act]:
+    """The acts among the tags of the registered model, the oldest first; what is none under such a name is left out."""
     acts = []
-    for name, value in registry.model_tags().items():
+    for name, value in tags.items():
         if TAG_NAME.fullmatch(name) is None:
             continue
         try:
             acts.append(Act.model_validate_json(value))
         except ValidationError:
             continue
-    return sorted(acts, key=lambda act: act.at)
+    return sorted((act for act in acts if act.at), key=lambda act: act.at)
 
 
 def begin_act(registry: Registry, act: Act) -> Act:

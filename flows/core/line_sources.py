@@ -14,11 +14,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
-from pydantic import ValidationError
 
 from bentos.manifest import name_release
 from flows import errors
-from flows.core.history import STAMP, TAG_NAME, Act, find_promotion
+from flows.core.history import STAMP, Act, find_promotion, read_acts
 from flows.core.registry import CHAMPION
 from flows.errors import EkibenError, ReleaseRefusedError, one_line
 
@@ -233,7 +232,7 @@ class RegistrySource:
             model = self._get("registered-models/get", {"name": self._model_name}, part="registered_model")
             if model is None:
                 return RegistryState(None, [])
-            acts = _read_acts(model.get("tags", []))
+            acts = read_acts({tag["key"]: tag["value"] for tag in model.get("tags", [])})
             aliases = {alias["alias"]: str(alias["version"]) for alias in model.get("aliases", [])}
             if (number := aliases.get(CHAMPION)) is None:
                 return RegistryState(None, acts)
@@ -341,14 +340,3 @@ def _newest(runs: Iterable[Run]) -> dict[Key, Run]:
 
 def _seconds(moment: str | None) -> float | None:
     return None if moment is None else datetime.fromisoformat(moment).timestamp()
-
-
-def _read_acts(tags: list[dict[str, str]]) -> list[Act]:
-    acts = []
-    for tag in tags:
-        if TAG_NAME.fullmatch(tag["key"]):
-            try:
-                acts.append(Act.model_validate_json(tag["value"]))
-            except ValidationError:  # somebody else's
-                continue
-    return sorted(acts, key=lambda act: act.at)

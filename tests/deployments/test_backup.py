@@ -64,11 +64,12 @@ def test_a_save_that_fails_leaves_the_backup_of_before(stage: Stage) -> None:
         with pytest.raises(BackupError, match="it failed"):
             save(stage.backup, stage.tools)
         assert (stage.backup / "mlflow.dump").read_text() == "one mlflow"
+        assert [path.name for path in stage.folder.iterdir() if "backup" in path.name] == ["backup"], "half a backup"
         assert json.loads((stage.backup / MARK).read_text())["databases"].keys() == OWNERS.keys()
     stage.put(fail="")
     save(stage.backup, stage.tools)
     assert (stage.backup / "mlflow.dump").read_text() == "two mlflow"
-    assert sorted(path.name for path in stage.folder.iterdir() if "backup" in path.name) == ["backup"]
+    assert [path.name for path in stage.folder.iterdir() if "backup" in path.name] == ["backup"]
 
 
 def test_a_folder_with_something_else_is_left_alone(stage: Stage) -> None:
@@ -77,6 +78,8 @@ def test_a_folder_with_something_else_is_left_alone(stage: Stage) -> None:
     with pytest.raises(BackupError, match="something else"):
         save(stage.backup, stage.tools)
     assert [path.name for path in stage.backup.iterdir()] == ["photo.jpg"]
+    with pytest.raises(BackupError, match="something else"):
+        save(stage.backup / "photo.jpg", stage.tools)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,10 @@ def test_a_backup_that_is_not_whole_is_refused(stage: Stage) -> None:
     (stage.backup / "optuna.dump").write_text("altered")
     with pytest.raises(BackupError, match=r"optuna\.dump is missing or altered"):
         restore(stage.backup, stage.tools)
+    for damaged in ("{", "[]", "{}"):
+        (stage.backup / MARK).write_text(damaged)
+        with pytest.raises(BackupError, match=rf"{MARK} is damaged. Nothing was written"):
+            restore(stage.backup, stage.tools)
     (stage.backup / MARK).unlink()
     with pytest.raises(BackupError, match="no whole backup"):
         restore(stage.backup, stage.tools)

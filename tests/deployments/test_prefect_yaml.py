@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,34 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
     elif isinstance(value, str):
         yield value
+
+
+@pytest.mark.parametrize(
+    ("chosen", "pool", "automations", "told"),
+    [
+        ("dokcer", "local", "[]", "EKIBEN_WORK_POOL is 'dokcer': there are local"),
+        ("", "dokcer", "[]", "prefect.yaml is 'dokcer': there are local"),
+        ("", "local", None, "automations.yaml cannot be read"),
+        ("", "local", "- {", "automations.yaml cannot be read"),
+    ],
+    ids=["chosen pool", "pool of the file", "no automations", "no YAML"],
+)
+def test_files_that_cannot_be_used_are_told_before_a_server_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, pool: str, automations: str | None, told: str
+) -> None:
+    monkeypatch.setenv("EKIBEN_WORK_POOL", chosen)
+    text = yaml.safe_dump(DOCUMENT | {"deployments": [{"work_pool": {"name": pool}}]})
+    (tmp_path / "prefect.yaml").write_text(text)
+    monkeypatch.setattr(setup, "PREFECT_FILE", tmp_path / "prefect.yaml")
+    if automations is not None:
+        (tmp_path / "automations.yaml").write_text(automations)
+    with pytest.raises(setup.SetupError, match=told):
+        asyncio.run(setup.set_up(tmp_path / "automations.yaml"))
+
+
+@pytest.mark.parametrize(("out", "err"), [("the reason", "a warning"), ("", "the reason")])
+def test_a_deploy_that_fails_gives_its_reason(monkeypatch: pytest.MonkeyPatch, out: str, err: str) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout=out, stderr=err)
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(setup.SetupError, match="the reason"):
+        setup.deploy(DOCUMENT, "")

@@ -75,6 +75,20 @@ def test_a_password_that_would_break_an_address_is_refused(character: str) -> No
         complete(f"MLFLOW_DB_PASSWORD=long-enough-{character}-to-be-one\n")
 
 
+@pytest.mark.parametrize("character", ["$", "#", " ", "'", '"', "\\"])
+def test_a_secret_that_compose_would_read_as_something_else_is_refused(character: str) -> None:
+    with pytest.raises(ValueError, match="GRAFANA_PASSWORD holds"):
+        complete(f"GRAFANA_PASSWORD=long-enough-{character}-to-be-one\n")
+
+
+@pytest.mark.parametrize("name", ["", "missing/.env"], ids=["a folder", "no folder"])
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     assert sorted(write_env(path)) == sorted(SECRETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -36,6 +37,9 @@ def test_what_others_wrote_under_such_a_name_is_left_out(tracker: Tracker) -> No
     register_run(tracker)
     for name in (f"{PREFIX}notes", f"{PREFIX}{now()}.release", "other"):
         tracker.set_model_tag(name, "no act")
+    for number, at in enumerate(("2026-11-23", "")):
+        text = json.dumps({"at": at, "kind": "release", "version": "1"})
+        tracker.set_model_tag(f"{PREFIX}20261123T1000{number:08d}Z.release", text)
     assert read_history(tracker) == []
 
 
