@@ -9,7 +9,7 @@ from deployments.mlflow_users import main, set_user
 
 
 def test_what_is_not_set_is_named() -> None:
-    with pytest.raises(SystemExit, match="^MLFLOW_ADMIN_PASSWORD, MLFLOW_ENCODER_PASSWORD must be set"):
+    with pytest.raises(SystemExit, match=r"^MLFLOW_ADMIN_PASSWORD, MLFLOW_ENCODER_PASSWORD must be set"):
         main({"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_ADMIN_USERNAME": "a", "MLFLOW_TRACKING_PASSWORD": "b"})
 
 
@@ -22,7 +22,7 @@ def test_a_refusal_gives_the_servers_reason_and_no_password(method: str) -> None
 
     with (
         httpx.Client(base_url="http://mlflow", transport=httpx.MockTransport(answer)) as client,
-        pytest.raises(SystemExit, match="refused its user line: 400.*too short") as caught,
+        pytest.raises(SystemExit, match=r"refused its user line: 400.*too short") as caught,
     ):
         set_user(client, "line", "the-password")
     assert "the-password" not in str(caught.value)
