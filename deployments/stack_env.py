@@ -53,6 +53,9 @@ OPTIONS = """\
 #ENCODER_MEMORY=2g
 #PROMETHEUS_RETENTION=30d
 #EKIBEN_NOTIFY_URL=          # webhook that is told of failed runs
+#EKIBEN_ACCESS_LOG=false     # true: the encoder logs each request, with who asked
+#EKIBEN_WORK_POOL=           # kubernetes: runs are jobs of a cluster; docker: containers; empty: processes of `worker`
+#EKIBEN_LINE_IMAGE=          # of those jobs, such as registry.example.com/ekiben/ekiben-line:0.1.0
 # --- an S3 of your own; its buckets must exist, and .dvc/config must name the one of the data
 #COMPOSE_FILE=docker-compose.yml:deployments/compose.external-s3.yml
 #S3_DATA_BUCKET=ekiben
