@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import pytest
 
 from tests.bentos.traffic import Traffic, find_wrong
 from tests.flows.support import write_pairs
-from tests.processes import find_free_port
+from tests.processes import family_of, find_free_port
 from tests.serving import serve
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +276,21 @@ def test_rollback_returns_a_loaded_server_to_the_exact_vectors_in_one_command(up
     assert "a test of the way back" in json.dumps(acts)
 
 
+def is_server(process: psutil.Process) -> bool:
+    """Whether this is a server of a Bento; a process that has just ended is none."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        command = process.cmdline()
+        return "serve" in command and "bentoml" in " ".join(command)
+    return False
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether this still runs; what has ended and waits to be taken note of does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def test_a_release_that_is_killed_while_it_measures_leaves_no_server_and_goes_on(up: Up, tmp_path: Path) -> None:
     trained = ekiben(up.home, "train", *SAMPLE, "--set", "train.steps=2", "--set", "train.seed=9", "--json")
     assert trained.returncode == 0, trained.stderr
@@ -287,14 +303,12 @@ def test_a_release_that_is_killed_while_it_measures_leaves_no_server_and_goes_on
         served: list[psutil.Process] = []
         deadline = time.monotonic() + 300
         while not served and process.poll() is None and time.monotonic() < deadline:
-            children = psutil.Process(process.pid).children(recursive=True)
-            served = [
-                child for child in children if "serve" in child.cmdline() and "bentoml" in " ".join(child.cmdline())
-            ]
+            served = [child for child in family_of(process.pid)[1:] if is_server(child)]
             time.sleep(0.1)
         assert served, (tmp_path / "stderr").read_text()
         time.sleep(2)
-        served += [grandchild for child in served for grandchild in child.children(recursive=True)]
+        served += [grandchild for child in served for grandchild in family_of(child.pid)[1:]]
+        assert process.poll() is None, f"it has ended before it was killed: {(tmp_path / 'stderr').read_text()}"
         process.kill()
         process.wait()
     assert not psutil.wait_procs(served, 60)[1], "a server has outlived the release that started it"
@@ -358,7 +372,8 @@ def test_an_interrupted_fit_leaves_no_process_and_says_how_to_go_on(
         deadline = time.monotonic() + 300
         while "[fit]" not in errors.read_text() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
-        started = psutil.Process(process.pid).children(recursive=True)
+        started = family_of(process.pid)[1:]
+        assert process.poll() is None, f"it has ended before it was interrupted: {errors.read_text()}"
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does: the whole group, Prefect's server included
         else:
@@ -366,7 +381,7 @@ def test_an_interrupted_fit_leaves_no_process_and_says_how_to_go_on(
         code = process.wait(120)
     assert len(started) >= 2  # Prefect's server, and who watches over it
     _, alive = psutil.wait_procs(started, timeout=60)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in alive if is_alive(child)]
     if number == signal.SIGINT:
         assert code == 130
         assert errors.read_text().splitlines()[-1].startswith("error: interrupted; run the same command again")

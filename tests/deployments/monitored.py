@@ -70,6 +70,7 @@ def monitored_line(folder: Path, box: Path) -> Iterator[Monitored]:
         with (served.box(BROKEN) / "canary.json").open("a") as canary:
             canary.write(" ")  # its hash is wrong now
         monitored = Monitored(served, exporter, line, manifest.tag)
+        exporter.wait_up("prefect", "mlflow")
         _exercise(monitored)
         yield monitored
 

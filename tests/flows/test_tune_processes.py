@@ -27,13 +27,14 @@ def test_two_commands_work_on_one_study_and_release_one_winner(
     pairs = write_pairs(tmp_path / "pairs.csv")
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     arguments = ["tune", "--pairs", str(pairs), "--json"]
+    # So many steps that a trial takes seconds: neither is done with all six before the other has begun.
     for assignment in (
         f"train.base_model={tiny_model_path}",
         f"tune.space.base_model=[{tiny_model_path}]",
-        "train.steps=20",
+        "train.steps=500",
         "train.max_tokens=32",
         "train.distill_steps=5",
-        "tune.space.steps=[20, 21, 22, 23]",
+        "tune.space.steps=[500, 501, 502, 503]",
         "tune.space.max_tokens=[32]",
         "tune.space.layers=[null, 1]",
         "tune.trials=6",

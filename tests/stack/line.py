@@ -65,6 +65,9 @@ class Prefect:
     def put(self, path: str, body: Any) -> None:
         self._client.put(path, json=body).raise_for_status()
 
+    def patch(self, path: str, body: Any) -> None:
+        self._client.patch(path, json=body).raise_for_status()
+
     def delete(self, path: str) -> None:
         self._client.delete(path).raise_for_status()
 

@@ -41,6 +41,7 @@ def measure(candidate):
     return {"p95_ms": random.uniform(1, 2), "bytes_per_vector": 1536.0}  # a second measurement never agrees
 
 import optuna  # what takes seconds is done before the start
+Path(events + ".ready").touch()
 while not Path(start).exists():
     time.sleep(0.01)
 search = Search(storage if "://" in storage else Path(storage), name=name, base=base, params=params, measure=measure)
@@ -83,9 +84,11 @@ def postgresql() -> Iterator[str]:
             server = subprocess.Popen(command, user=user, cwd=folder, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 120
-            while not (folder / ".s.PGSQL.5432").exists() and time.monotonic() < deadline and server.poll() is None:
+            while not takes_connections(folder):  # the file of its socket is there before that
+                said = folder.with_suffix(".log")
+                assert server.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, said.read_text()
                 time.sleep(0.1)
-            time.sleep(1.0)
             yield str(folder)
         finally:
             server.send_signal(signal.SIGINT)  # at once, whoever is still connected
@@ -93,6 +96,22 @@ def postgresql() -> Iterator[str]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_suffix(".log").unlink(missing_ok=True)
+
+
+def takes_connections(folder: Path) -> bool:
+    command = ["psql", "-q", "-h", str(folder), "-U", "ekiben", "postgres", "-c", "SELECT 1"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def open_gate(workers: list[subprocess.Popen[str]], ready: list[Path], start: Path) -> None:
+    """Let all begin at once, when each has imported what it needs: the first would be done before the last begins."""
+    deadline = time.monotonic() + 240
+    while not all(path.exists() for path in ready):
+        for worker in workers:
+            assert worker.poll() is None, worker.communicate()[1]
+        assert time.monotonic() < deadline, [path.name for path in ready if not path.exists()]
+        time.sleep(0.05)
+    start.touch()
 
 
 def work_together(storage: str, folder: Path) -> None:
@@ -108,11 +127,15 @@ def work_together(storage: str, folder: Path) -> None:
         )
         for number in range(2)
     ]  # fmt: skip
-    time.sleep(2.0)
-    start.touch()
-    for worker in workers:
-        _, said = worker.communicate(timeout=300)
-        assert worker.returncode == 0, said
+    try:
+        open_gate(workers, [Path(f"{events}.{number}.ready") for number in range(2)], start)
+        for worker in workers:
+            _, said = worker.communicate(timeout=300)
+            assert worker.returncode == 0, said
+    finally:
+        for worker in workers:  # one that waits at the gate would wait for ever
+            worker.kill()
+            worker.wait()
     done = [Path(f"{events}.{number}").read_text().splitlines() for number in range(2)]
     trained = [[line for line in lines if line.startswith("trained")] for lines in done]
     assert all(trained), "both have trained something"
