@@ -208,6 +208,7 @@ def test_whatever_refuses_is_a_verdict_with_a_report_on_record(
     assert release(run="1", release=any_gain).unchanged  # by other limits of int8
 
 
+@pytest.mark.slow
 def test_a_released_version_is_released_again_with_the_files_that_it_had(
     data: DataParams,
     small_train: TrainParams,

@@ -160,6 +160,7 @@ def test_a_study_over_architectures_has_a_front_and_int8_trials_are_scored_in_in
     assert taken["front"]
 
 
+@pytest.mark.slow
 def test_a_trial_is_scored_in_the_precision_that_it_is_priced_in(
     data: DataParams, small_train: TrainParams, small_evaluate: EvaluateParams, small_tune: TuneParams
 ) -> None:
