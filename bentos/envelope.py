@@ -11,12 +11,13 @@ from pathlib import Path
 
 import orjson
 from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bentos.errors import ServeError
+from bentos.render import JSON
+from bentos.responses import error_response, render_error
 
 UNKNOWN_PATH = "/unknown"
 ASKED_PATH = "ekiben.asked_path"  # in the scope of a request whose path was folded into its route
@@ -25,6 +26,15 @@ CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 42
 CODES |= {500: "internal", 504: "timeout"}
 
 HeaderList = list[tuple[bytes, bytes]]
+
+
+class ForeignError(ServeError):
+    """An error that BentoML or Starlette answered, to be told as ours are."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = CODES.get(status, HTTPStatus(status).name.lower())
 
 
 async def run_enveloped(
@@ -63,7 +73,7 @@ async def run_enveloped(
                 return
             body = _shape_error(status, body, scope["method"], asked)
             started = MutableHeaders(raw=held["headers"])
-            started["Content-Type"], started["Content-Length"] = "application/json", str(len(body))
+            started["Content-Type"], started["Content-Length"] = JSON, str(len(body))
             if status == 429:
                 started.setdefault("Retry-After", DEFAULT_RETRY_AFTER_S)
             await send(held)
@@ -92,8 +102,7 @@ def _shape_error(status: int, body: bytes, method: str, path: str) -> bytes:
         500: "unexpected error; the server's log says more",
         504: "the request took too long and was given up; send fewer texts at once",
     }.get(status, HTTPStatus(status).phrase)
-    code = CODES.get(status, HTTPStatus(status).name.lower())
-    return orjson.dumps({"error": {"code": code, "message": message}})
+    return render_error(ForeignError(status, message), path).body
 
 
 def list_paths(routes: Iterable[BaseRoute], prefix: str = "") -> set[str]:
@@ -123,5 +132,4 @@ class ServeErrors:
         try:
             await self.app(scope, receive, send)
         except ServeError as error:
-            content = {"error": {"code": error.code, "message": error.message}}
-            await Response(orjson.dumps(content), error.status, media_type="application/json")(scope, receive, send)
+            await error_response(error, scope.get(ASKED_PATH, scope["path"]))(scope, receive, send)

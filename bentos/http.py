@@ -13,10 +13,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import orjson
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bentos.access import METRICS_PATH, ApiKeys
@@ -24,15 +22,16 @@ from bentos.calls import Call
 from bentos.doors import Door
 from bentos.encoder import Encoder
 from bentos.envelope import UNKNOWN_PATH, HeaderList, run_enveloped
-from bentos.errors import InvalidRequestError, OverloadedError, ServeError, UnauthorizedError
+from bentos.errors import InvalidRequestError, OverloadedError, ServeError
 from bentos.loads import LOAD_FOLDER, LOAD_ROUTE, LOAD_TIMEOUT_S, LoadDoor, LoadVersion, check_method
 from bentos.logs import REQUEST_ID, REQUEST_ID_HEADER
 from bentos.metrics import ServeMetrics
-from bentos.openai import PREFIX, describe_error
+from bentos.openai import PREFIX
 from bentos.parsing import parse_request
 from bentos.pinning import pin
 from bentos.receiving import ClientGoneError, DisconnectWatch, Headers, check_media_type, read_body
 from bentos.render import JSON, Rendered, negotiate, render
+from bentos.responses import render_error
 from bentos.schemas import DoorRequest
 from bentos.settings import ServeSettings
 from bentos.shadow import Shadow
@@ -55,27 +54,6 @@ MODELS_FOLDER, MODEL_ROUTE = f"{PREFIX}models/", f"{PREFIX}models/{{name}}"
 logger = logging.getLogger("bentos")
 
 GetShelf = Callable[[], Shelf]  # raises NotReadyError while the service is still starting
-
-
-def json_response(content: Any, status: int = 200) -> Response:
-    """Write `content` as JSON; NumPy arrays are written as lists, with the digits that float32 needs and no more."""
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, media_type=JSON)
-
-
-def render_error(error: ServeError, path: str) -> Rendered:
-    """Write an error in the one shape; OpenAI's clients also get what they look for."""
-    content = {"code": error.code, "message": error.message, **({"details": error.details} if error.details else {})}
-    if path.startswith(PREFIX):
-        content |= describe_error(error)
-    headers = {}
-    if "retry_after_s" in error.details:
-        headers["Retry-After"] = str(error.details["retry_after_s"])
-    if isinstance(error, UnauthorizedError):
-        headers["WWW-Authenticate"] = "Bearer"
-    if "allow" in error.details:
-        headers["Allow"] = error.details["allow"]
-    return Rendered(orjson.dumps({"error": content}), JSON, headers)
 
 
 class Frontend:

@@ -13,7 +13,8 @@ from bentos.application import EnvelopedService
 from bentos.catalogue import find_in_catalogue, list_catalogue
 from bentos.envelope import ASKED_PATH
 from bentos.errors import NotReadyError, ServeError
-from bentos.http import MODEL_ROUTE, MODELS_FOLDER, SHOWN_ENCODER, json_response, render_error
+from bentos.http import MODEL_ROUTE, MODELS_FOLDER, SHOWN_ENCODER
+from bentos.responses import error_response, json_response
 
 
 def make_model_routes(served: EnvelopedService) -> list[Route]:
@@ -36,14 +37,14 @@ def make_model_routes(served: EnvelopedService) -> list[Route]:
             shelf = served.instance.shelf
             return json_response(list_catalogue(shelf) if name is None else find_in_catalogue(shelf, name))
         except ServeError as error:
-            return _refuse(error, request)
+            return error_response(error, request.url.path)
 
     async def get_info(request: Request) -> Response:
         """Say what is loaded, followed, refused and shadowed."""
         try:
             content: dict[str, Any] = served.instance.describe_models()
         except ServeError as error:
-            return _refuse(error, request)
+            return error_response(error, request.url.path)
         return json_response(content | {"shadow": None if served.shadow is None else served.shadow.describe()})
 
     return [
@@ -52,8 +53,3 @@ def make_model_routes(served: EnvelopedService) -> list[Route]:
         Route(MODEL_ROUTE, get_models),
         Route(INFO_PATH, get_info),
     ]
-
-
-def _refuse(error: ServeError, request: Request) -> Response:
-    rendered = render_error(error, request.url.path)
-    return Response(rendered.body, error.status, rendered.headers, rendered.media_type)

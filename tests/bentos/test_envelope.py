@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from bentos.envelope import UNKNOWN_PATH, ServeErrors, list_paths, run_enveloped
-from bentos.errors import NotReadyError
+from bentos.errors import NotReadyError, OverloadedError
 
 HEADERS = [(b"x-ekiben-model", b"ekiben:1"), (b"x-ekiben-space", b"abc")]
 
@@ -32,6 +32,10 @@ async def refuse(_: Request) -> Response:
     raise NotReadyError("the canary died")
 
 
+async def exhaust(_: Request) -> Response:
+    raise OverloadedError("the queue is full", retry_after_s=7)
+
+
 async def overload(_: Request) -> Response:
     """As BentoML answers what is raised in an api."""
     return JSONResponse([{"error": "the queue is full"}], 429)
@@ -42,6 +46,7 @@ ROUTES = [
     Route("/hello", greet),
     Route("/broken", break_down),
     Route("/refused", refuse),
+    Route("/exhausted", exhaust),
 ]
 APP = Starlette(routes=ROUTES, middleware=[Middleware(ServeErrors)])  # inside, as in BentoML's application
 
@@ -83,6 +88,17 @@ def test_an_error_of_ours_raised_by_any_route_is_shown() -> None:
         503,
         {"error": {"code": "not_ready", "message": "the canary died"}},
     )
+
+
+def test_an_error_of_ours_raised_by_any_route_says_all_that_it_says_elsewhere() -> None:
+    response = ask("GET", "/exhausted")
+    assert response.json()["error"]["details"] == {"retry_after_s": 7}
+    assert response.headers["retry-after"] == "7"
+
+
+def test_openais_clients_find_what_they_look_for_also_where_there_is_no_route() -> None:
+    error = ask("GET", "/v1/nothing").json()["error"]
+    assert (error["code"], error["type"], error["param"]) == ("not_found", "invalid_request_error", None)
 
 
 def test_an_error_that_bentoml_tells_in_its_own_way_is_told_in_ours() -> None:
