@@ -1,6 +1,6 @@
 """Write dashboards/serving.json and dashboards/line.json: `python -m deployments.grafana.make_dashboards`.
 
-What a panel shows stands in serving.py and line.py, in one line a query; a test says that the files are what this writes.
+What a panel shows stands in serving.py and line.py, a line a query; a test says that the files are what this writes.
 """
 
 from __future__ import annotations
