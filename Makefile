@@ -54,7 +54,7 @@ test-heavy: setup ## a release killed at every step, swaps under a minute of loa
 test-stack: setup ## the services of docker-compose.yml as processes, and what becomes of them; needs stack-tools
 	$(BIN)/python -m pytest -m stack --capture=no tests/stack
 
-test-image: setup ## build and run the encoder's image; needs podman or docker
+test-image: setup ## build the images and run the whole line in them; needs podman or docker, and stack-tools
 	$(BIN)/python -m pytest -m container
 
 bench: setup ## Ekiben and its peers side by side, about 25 minutes of a quiet machine -> docs/benchmarks.md

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -253,6 +254,12 @@ def _load(source: str, name: str) -> SentenceTransformer:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        if locked := [path for path in Path(source).rglob("*") if not os.access(path, os.R_OK)]:
+            # safetensors writes files that only their owner may read, and says of others' that there is no such file.
+            raise ModelNotFoundError(
+                f"model {name!r} was found but this user may not read {locked[0].relative_to(source)}: "
+                f"let its owner run `chmod -R a+rX {source}`"
+            ) from error
         raise ModelNotFoundError(
             f"model {name!r} was found but cannot be read ({_first_line(error)}): "
             "check that it is a complete sentence-transformers model, or download it again"

@@ -57,3 +57,18 @@ def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory, tiny_lunchb
         built = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stdout + built.stderr
     return Images(home, manifest, f"ekiben-encoder:{manifest.bento_version}", default)
+
+
+@pytest.fixture(scope="session")
+def project_images(engine: Engine) -> dict[str, str]:
+    """The images that are made of the project itself: `line` and `mlflow`, with what their services run."""
+    options = ["--network=host"]
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
+    )
+    if wheels := asked.stdout.strip():  # as the Makefile does: a folder of local wheels, when pip knows one
+        options += [f"--volume={wheels}:/wheels:ro", "--build-arg=UV_FIND_LINKS=/wheels", "--build-arg=TORCH_BACKEND="]
+    command = [sys.executable, str(BUILD), "line", "mlflow", "--engine", engine.name, "--", *options]
+    built = subprocess.run(command, env=os.environ | engine.environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return {"line": "ekiben-line:latest", "mlflow": "ekiben-mlflow:latest"}

@@ -48,6 +48,7 @@ class Service:
     environment: dict[str, str]
     health: list[str]  # a command; empty: none
     volumes: dict[str, str]  # path in the container -> name of a volume, or path on this machine
+    tmpfs: list[str]
     depends_on: dict[str, str]  # service -> condition
     is_built: bool
     networks: frozenset[str]
@@ -105,6 +106,7 @@ def _read_service(name: str, raw: dict[str, Any]) -> Service:
         environment={key: str(value) for key, value in raw.get("environment", {}).items()},
         health=_read_health(name, raw.get("healthcheck")),
         volumes=volumes,
+        tmpfs=raw.get("tmpfs", []),
         depends_on={other: how["condition"] for other, how in raw.get("depends_on", {}).items()},
         is_built="build" in raw,
         networks=frozenset(raw.get("networks", ["default"])),

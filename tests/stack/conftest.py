@@ -17,22 +17,12 @@ from deployments.stack_env import read_names, write_env
 from tests.flows.support import write_pairs
 from tests.serving import bento_home
 from tests.stack.compose import load_services
-from tests.stack.line import Callers, Encoder, Prefect, say
+from tests.stack.line import Callers, Encoder, Prefect, quick_pipeline, quick_train, say
 from tests.stack.native import NativeStack, copy_image_files, ended, find_missing, make_database
 from tests.stack.project import ROOT, clone, commit, copy_working_tree, dvc
 
 LOGS = ROOT / "build" / "stack-logs"
 PAIRS = "data/team/pairs.csv"
-# Gates that let the model of a few steps pass, on a machine that does other things: what they ask is tested elsewhere.
-LOOSE = {
-    "min_gain": -2.0,
-    "champion_margin": -2.0,
-    "slice_max_drop": 2.0,
-    "max_calibration_error": 1.0,
-    "max_slowdown": 1e6,
-}
-
-
 ORDER = ("test_life", "test_outages", "test_secrets", "test_backup")  # each begins with what the one before has left
 
 
@@ -64,25 +54,10 @@ class Line:
         return {"pairs": str(self.stack.project / PAIRS), "data_rev": self.data_rev}
 
     def train(self, seed: int = 1, steps: int = 4) -> dict[str, Any]:
-        return {
-            "base_model": str(self.tiny_model),
-            "steps": steps,
-            "batch_size": 8,
-            "max_tokens": 32,
-            "learning_rate": 1e-3,
-            "seed": seed,
-        }
+        return quick_train(self.tiny_model, seed, steps)
 
     def pipeline(self, seed: int) -> dict[str, Any]:
-        """Parameters of a pipeline that takes a minute."""
-        space = {"base_model": [str(self.tiny_model)], "steps": [2, 4], "batch_size": [8], "max_tokens": [32]}
-        return {
-            "data": self.data,
-            "train": self.train(seed),
-            "evaluate": {"bootstrap_samples": 100},
-            "tune": {"trials": 2, "minutes": 5, "space": space, "costs": [], "pruning_checks": 0, "min_improvement": 0},
-            "release": LOOSE,
-        }
+        return quick_pipeline(self.data, self.tiny_model, seed)
 
 
 @pytest.fixture(scope="session")

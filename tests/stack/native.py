@@ -156,14 +156,19 @@ class NativeStack:
 
     def localize(self, text: str, name: str) -> str:
         """What a text of the service `name` means on this machine."""
+        text = self.name_addresses(text, name)
+        folders = {**self.services[name].volumes, "/tmp": f"{name}-tmp"}
+        targets = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
+        return re.sub(rf"(?<![\w/.-])({targets})(?![\w-])", lambda match: str(self._folder(folders[match[1]])), text)
+
+    def name_addresses(self, text: str, name: str) -> str:
+        """The text with an address of this machine for every service that it names, and for `name` itself."""
         for other, address in self.addresses.items():
             text = re.sub(rf"(?<![\w.-]){re.escape(other)}:(?=\*|\d{{2,5}}(?!\w))", f"{address}:", text)
         text = text.replace("-ip=s3", f"-ip={self.addresses['s3']}")
         for itself in ("0.0.0.0", "127.0.0.1", "localhost"):
             text = text.replace(itself, self.addresses[name])
-        folders = {**self.services[name].volumes, "/tmp": f"{name}-tmp"}
-        targets = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
-        return re.sub(rf"(?<![\w/.-])({targets})(?![\w-])", lambda match: str(self._folder(folders[match[1]])), text)
+        return text
 
     def start(self, *names: str) -> dict[str, float]:
         """Start services one after the other, each when it is healthy; returns the seconds of each."""

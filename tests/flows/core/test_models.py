@@ -219,6 +219,17 @@ def test_a_broken_model_is_refused(tiny_model_path: Path, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_of_somebody_elses_is_refused_with_the_cure(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tests may run as root, who reads everything: so the weights are out of sight, and said to be locked.
+    theirs, ask = shutil.copytree(tiny_model_path, tmp_path / "theirs"), os.access
+    locked = (theirs / "model.safetensors").rename(theirs / "locked")
+    monkeypatch.setattr("os.access", lambda path, *words, **more: path != locked and ask(path, *words, **more))
+    with pytest.raises(ModelNotFoundError, match=r"may not read locked: .*chmod -R a\+rX"):
+        load_base_model(str(theirs), max_tokens=32)
+
+
 def test_no_saved_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no such folder"):
         load_saved_model(tmp_path / "nothing")
